@@ -1,0 +1,1 @@
+"""Ray Serve wiring: the only package that imports ray."""

@@ -1,0 +1,1 @@
+"""Is it any good: tasks, outcome tables, metrics, reports."""

@@ -1,0 +1,1 @@
+"""Who can answer: one streaming interface over every engine. Knows nothing of routing."""

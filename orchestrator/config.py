@@ -1,0 +1,296 @@
+"""The one config file. Strict: an unknown key is an error. Reads files, never the environment.
+
+A file is either a bare Collegium config or a Ray Serve config whose application holds one as its
+``args``, so that ``collegium serve --config FILE`` and ``serve deploy FILE`` take the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from experts.config import EnvironmentName, ExpertConfig, cards_of
+from experts.types import ExpertCard
+
+__all__ = [
+    "ArtefactRouterConfig",
+    "CollegiumConfig",
+    "ConfigError",
+    "FallbackStrategyConfig",
+    "LimitsConfig",
+    "RayConfig",
+    "RouteConfig",
+    "ServerConfig",
+    "SingleStrategyConfig",
+    "StaticRouterConfig",
+    "UtilityPolicyConfig",
+    "load_config",
+    "validation_lines",
+]
+
+BUILDER = "deployments.builders:build_app"
+EMBEDDED_CONFIG = Path(__file__).parent / "embedded.yaml"
+
+RouteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class ConfigError(Exception):
+    """The config cannot be used. The message says where and what to do, a line per problem."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ArtefactRouterConfig(_Strict):
+    """A learned router, as ``collegium train`` wrote it."""
+
+    type: Literal["artefact"] = "artefact"
+    """Which kind of router."""
+    path: str = Field(min_length=1)
+    """The artefact folder: a path, relative ones to the config file, or ``package:NAME/FOLDER``."""
+
+
+class StaticRouterConfig(_Strict):
+    """The same quality for every query: for pools nobody has measured yet."""
+
+    type: Literal["static"]
+    """Which kind of router."""
+    quality: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(min_length=1)
+    """Expected score of each expert, in [0, 1]."""
+
+
+RouterConfig = Annotated[ArtefactRouterConfig | StaticRouterConfig, Field(discriminator="type")]
+
+
+class UtilityPolicyConfig(_Strict):
+    """Order experts by quality less cost."""
+
+    type: Literal["utility"] = "utility"
+    """Which kind of policy."""
+    cost_quality: float = Field(default=1.0, ge=0, le=1)
+    """0 takes the cheapest expert, 1 the best; between them, quality is weighed against cost."""
+
+
+class SingleStrategyConfig(_Strict):
+    """The first expert answers, or nobody."""
+
+    type: Literal["single"]
+    """Which kind of strategy."""
+
+
+class FallbackStrategyConfig(_Strict):
+    """The first expert answers; the next one if it fails before its first byte."""
+
+    type: Literal["fallback"] = "fallback"
+    """Which kind of strategy."""
+    max_attempts: int = Field(default=3, ge=1, le=16)
+    """Experts to try at most."""
+
+
+StrategyConfig = Annotated[
+    SingleStrategyConfig | FallbackStrategyConfig, Field(discriminator="type")
+]
+
+
+class RouteConfig(_Strict):
+    """A name users can put in ``model``: router, policy, strategy, and the experts to choose from."""
+
+    description: str = ""
+    """What it is for, in a sentence; shown in ``/v1/models``."""
+    router: str
+    """Name of a router from ``routers``."""
+    policy: UtilityPolicyConfig = UtilityPolicyConfig()
+    """How predicted quality and cost become an order of experts."""
+    strategy: StrategyConfig = FallbackStrategyConfig()
+    """How the chosen experts' answers become one."""
+    experts: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the experts to choose from; none means all that the router knows."""
+
+
+class LimitsConfig(_Strict):
+    """What one ingress replica accepts."""
+
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    """Largest request body in bytes; larger ones get 413."""
+    max_in_flight: int = Field(default=512, ge=1)
+    """Requests in work at the same time; further ones get 429 with ``Retry-After``."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds for one request, all attempts together."""
+
+
+class ServerConfig(_Strict):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Only loopback by default; whoever opens it should set keys."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port to listen on."""
+    api_keys_env: EnvironmentName | None = None
+    """Environment variable with the accepted API keys, separated by commas; none asks for none."""
+    limits: LimitsConfig = LimitsConfig()
+    """What one ingress replica accepts."""
+
+
+class RayConfig(_Strict):
+    """How Ray Serve runs on the machine ``collegium serve`` starts; a cluster has its own."""
+
+    ingress_replicas: int = Field(default=1, ge=1)
+    """Replicas of the ingress; each holds all routers."""
+    ingress_autoscaling: dict[str, Any] | None = None
+    """Ray Serve's ``autoscaling_config`` of the ingress. Excludes ``ingress_replicas``."""
+    ha_proxy: bool = True
+    """Let HAProxy, which ships with ray[serve], take the connections: several times the speed."""
+    throughput_mode: bool = True
+    """Run replicas in Serve's own event loop, with gRPC between them: half the time per hop."""
+    dashboard: bool = True
+    """Start Ray's dashboard, on loopback."""
+    dashboard_port: int = Field(default=8265, ge=1, le=65535)
+    """TCP port of Ray's dashboard."""
+    object_store_mib: int = Field(default=100, ge=80)
+    """Shared memory of Ray's object store in MiB; answers do not pass through it."""
+
+
+class CollegiumConfig(_Strict):
+    """Everything the service needs to know."""
+
+    experts: tuple[ExpertConfig, ...] = Field(min_length=1)
+    """Who can answer."""
+    routers: dict[RouteName, RouterConfig] = Field(default_factory=dict)
+    """Who predicts which expert answers well, by name."""
+    routes: dict[RouteName, RouteConfig] = Field(default_factory=dict)
+    """Names users can put in ``model``; ``auto`` is the one for requests without a model."""
+    server: ServerConfig = ServerConfig()
+    """The HTTP side."""
+    ray: RayConfig = RayConfig()
+    """How Ray Serve runs on a single machine."""
+
+    def cards(self) -> dict[str, ExpertCard]:
+        """The cards of all experts, adapters included, by name, in config order."""
+        return {card.name: card for entry in self.experts for card in cards_of(entry)}
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the whole config, sent with answers as ``system_fingerprint``."""
+        return "fp_" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    @field_validator("experts")
+    @classmethod
+    def _unique_names(cls, experts: tuple[ExpertConfig, ...]) -> tuple[ExpertConfig, ...]:
+        seen: set[str] = set()
+        for name in (card.name for entry in experts for card in cards_of(entry)):
+            if name in seen:
+                raise ValueError(f"expert {name!r} is defined twice; names must differ")
+            seen.add(name)
+        return experts
+
+    @model_validator(mode="after")
+    def _references_hold(self) -> CollegiumConfig:
+        names = self.cards()
+        for route_name, route in self.routes.items():
+            if route_name in names:
+                raise ValueError(f"{route_name!r} names a route and an expert; rename one")
+            if route.router not in self.routers:
+                known = ", ".join(map(repr, self.routers)) or "none"
+                raise ValueError(
+                    f"route {route_name!r} uses the unknown router {route.router!r}; known: {known}"
+                )
+            for expert in route.experts or ():
+                if expert not in names:
+                    raise ValueError(
+                        f"route {route_name!r} uses the unknown expert {expert!r}; "
+                        f"known: {', '.join(map(repr, names))}"
+                    )
+        for router_name, router in self.routers.items():
+            for expert in router.quality if isinstance(router, StaticRouterConfig) else ():
+                if expert not in names:
+                    raise ValueError(
+                        f"router {router_name!r} rates the unknown expert {expert!r}; "
+                        f"known: {', '.join(map(repr, names))}"
+                    )
+        return self
+
+
+def load_config(source: Path | str | None = None) -> CollegiumConfig:
+    """Read a config file; the embedded experts' config if there is none.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML, or does not satisfy the schema.
+    """
+    path = Path(source) if source is not None else EMBEDDED_CONFIG
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a mapping with at least the key 'experts'")
+    return parse_config(_unwrap_serve_config(content, path), base=path.parent, name=str(path))
+
+
+def parse_config(
+    content: dict[str, Any], *, base: Path | None = None, name: str = "config"
+) -> CollegiumConfig:
+    """Check a config given as a mapping; relative artefact paths are taken from ``base``.
+
+    Raises:
+        ConfigError: It does not satisfy the schema; a line per problem.
+    """
+    try:
+        config = CollegiumConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{name}: {line}" for line in validation_lines(error)]
+        raise ConfigError("\n".join(lines)) from error
+    return _absolute_paths(config, base) if base else config
+
+
+def validation_lines(error: ValidationError) -> list[str]:
+    """One line per problem: the dotted path of the field, and what is wrong with it."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {message}" if where else message)
+    return lines
+
+
+def _unwrap_serve_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    if "applications" not in content:
+        return content
+    applications = content["applications"] or []
+    ours = [a for a in applications if isinstance(a, dict) and a.get("import_path") == BUILDER]
+    if len(ours) != 1:
+        raise ConfigError(
+            f"{path}: is a Ray Serve config, but {len(ours)} of its applications have "
+            f"import_path {BUILDER!r}; exactly one must"
+        )
+    config = dict(ours[0].get("args") or {})
+    http = content.get("http_options") or {}
+    server = dict(config.get("server") or {})
+    for key in ("host", "port"):
+        if key in http:
+            server.setdefault(key, http[key])
+    return {**config, "server": server} if server else config
+
+
+def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:
+    routers = {
+        name: router.model_copy(update={"path": str((base / router.path).resolve())})
+        if isinstance(router, ArtefactRouterConfig) and ":" not in router.path
+        else router
+        for name, router in config.routers.items()
+    }
+    return config.model_copy(update={"routers": routers})

@@ -1,0 +1,238 @@
+"""Answering one request: pool, router, policy, strategy. Knows nothing of HTTP or hosting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from experts.base import AnyRequest, Expert
+from experts.errors import ExpertError
+from experts.types import Chunk, ExpertCard
+from orchestrator.config import (
+    CollegiumConfig,
+    ConfigError,
+    FallbackStrategyConfig,
+    RouteConfig,
+    StaticRouterConfig,
+)
+from orchestrator.decision import Candidate, Decision, RequestContext
+from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.policies import (
+    UtilityPolicy,
+    expected_cost_usd,
+    order_by_utility,
+    relative_costs,
+)
+from orchestrator.pool import estimated_prompt_tokens, prompt_text, split_pool
+from orchestrator.strategies.base import Strategy
+from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.single import SingleStrategy
+from routers.base import Prediction, Query, Router, RouterError
+
+__all__ = ["Orchestrator", "load_routers"]
+
+# Encoding a query keeps one core busy for milliseconds; more threads than this would only make
+# every query wait longer, and the event loop needs a core too.
+ROUTER_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    config: RouteConfig
+    router: Router
+    strategy: Strategy
+    experts: tuple[str, ...]
+
+
+def load_routers(config: CollegiumConfig) -> dict[str, Router]:
+    """Load every router of a config.
+
+    Raises:
+        ConfigError: An artefact is missing or cannot be used.
+    """
+    from experts.weights import resolve_path
+    from routers.registry import load_router
+    from routers.static import StaticRouter
+
+    routers: dict[str, Router] = {}
+    for name, entry in config.routers.items():
+        try:
+            routers[name] = (
+                StaticRouter(entry.quality)
+                if isinstance(entry, StaticRouterConfig)
+                else load_router(resolve_path(entry.path))
+            )
+        except (RouterError, ExpertError) as error:
+            raise ConfigError(f"router {name!r}: {error}") from error
+    return routers
+
+
+class Orchestrator:
+    """Decides who answers a request, and has it answered.
+
+    Args:
+        config: The config all names come from.
+        experts: One Expert per card of the config; may be empty if only decisions are wanted.
+        routers: One Router per router of the config.
+
+    Raises:
+        ConfigError: A route's experts are unknown to its router.
+    """
+
+    def __init__(
+        self,
+        config: CollegiumConfig,
+        experts: Mapping[str, Expert],
+        routers: Mapping[str, Router],
+    ) -> None:
+        self.config = config
+        self.cards = config.cards()
+        self.experts = experts
+        self.routes = {
+            name: _build_route(name, route, routers[route.router], self.cards)
+            for name, route in config.routes.items()
+        }
+        self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
+        self._single = SingleStrategy()
+
+    async def decide(
+        self,
+        request: AnyRequest,
+        *,
+        cost_quality: float | None = None,
+        context: RequestContext | None = None,
+    ) -> Decision:
+        """Decide who shall answer.
+
+        The decision depends on this request and the config alone.
+
+        Args:
+            request: The request; its ``model`` names an expert or a route.
+            cost_quality: The request's own knob, instead of the route's.
+            context: Takes note of the router's time.
+
+        Raises:
+            UnknownModelError: ``model`` names neither.
+            EmptyPoolError: No expert of the route can serve the request.
+        """
+        if request.model in self.cards:
+            return self._decide_named(request)
+        route = self.routes.get(request.model)
+        if route is None:
+            raise UnknownModelError(request.model, [*self.routes, *self.cards])
+        pool, excluded = split_pool(request, [self.cards[name] for name in route.experts])
+        if not pool:
+            raise EmptyPoolError(request.model, excluded)
+        started = time.monotonic()
+        prediction = await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            route.router.predict,
+            [Query(prompt_text(request))],
+            [card.name for card in pool],
+        )
+        if context is not None:
+            context.router_s = time.monotonic() - started
+        return _decision(request, route, pool, excluded, prediction, cost_quality)
+
+    def _decide_named(self, request: AnyRequest) -> Decision:
+        name = request.model
+        pool, excluded = split_pool(request, [self.cards[name]])
+        if not pool:
+            raise EmptyPoolError(name, excluded)
+        cost = expected_cost_usd(self.cards[name], estimated_prompt_tokens(request))
+        return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=cost),))
+
+    async def run(
+        self, request: AnyRequest, decision: Decision, context: RequestContext
+    ) -> AsyncIterator[Chunk]:
+        """Have the request answered as decided.
+
+        Raises:
+            ExpertError: Nobody could answer, or an expert failed midway.
+        """
+        route = self.routes.get(decision.route or "")
+        strategy = route.strategy if route else self._single
+        stream = strategy.run(request, decision, self.experts, context)
+        async with aclosing(stream) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
+
+    async def check_health(self) -> dict[str, str | None]:
+        """The state of every expert: none if it can answer, else what is wrong."""
+        results = await asyncio.gather(
+            *(expert.check_health() for expert in self.experts.values()), return_exceptions=True
+        )
+        return {
+            name: None if result is None else str(result)
+            for name, result in zip(self.experts, results, strict=True)
+        }
+
+    async def aclose(self) -> None:
+        """Free routers' threads and all experts."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(
+            *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
+        )
+
+
+def _build_route(
+    name: str, route: RouteConfig, router: Router, cards: Mapping[str, ExpertCard]
+) -> _Route:
+    experts = route.experts or tuple(card for card in cards if card in router.models)
+    unknown = [expert for expert in experts if expert not in router.models]
+    if unknown or not experts:
+        raise ConfigError(
+            f"route {name!r}: router {route.router!r} knows "
+            f"{', '.join(map(repr, router.models))}, but not "
+            f"{', '.join(map(repr, unknown or cards))}; train it on them, "
+            f"or list only known ones under the route's 'experts'"
+        )
+    strategy: Strategy = (
+        FallbackStrategy(route.strategy.max_attempts)
+        if isinstance(route.strategy, FallbackStrategyConfig)
+        else SingleStrategy()
+    )
+    return _Route(route, router, strategy, experts)
+
+
+def _decision(
+    request: AnyRequest,
+    route: _Route,
+    pool: Sequence[ExpertCard],
+    excluded: Mapping[str, str],
+    prediction: Prediction,
+    cost_quality: float | None,
+) -> Decision:
+    knob = route.config.policy.cost_quality if cost_quality is None else cost_quality
+    if not 0 <= knob <= 1:
+        raise BadRequestError(f"cost_quality must be from 0 to 1, got {knob:g}", "cost_quality")
+    policy = UtilityPolicy(knob)
+    tokens, limit = estimated_prompt_tokens(request), request.token_limit
+    costs = [expected_cost_usd(c, tokens, limit) if limit else expected_cost_usd(c, tokens)
+             for c in pool]  # fmt: skip
+    relative = relative_costs(pool, costs)
+    quality = [float(q) for q in prediction.quality[0]]
+    utilities = policy.utilities(quality, relative)
+    candidates = tuple(
+        Candidate(pool[j].name, quality[j], costs[j], utilities[j])
+        for j in order_by_utility(utilities, relative)
+    )
+    why = prediction.explanations[0]
+    return Decision(
+        experts=tuple(candidate.expert for candidate in candidates),
+        route=request.model,
+        router=route.config.router,
+        policy=policy.name,
+        strategy=route.strategy.name,
+        cost_quality=knob,
+        candidates=candidates,
+        excluded=excluded,
+        category=why.category,
+        confidence=why.confidence,
+        fallback=why.fallback,
+        detail=why.detail,
+    )

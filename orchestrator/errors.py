@@ -1,0 +1,93 @@
+"""What the orchestrator itself may refuse.
+
+    RequestError
+    ├── BadRequestError        a field is wrong
+    ├── AuthenticationError    no key, or a wrong one
+    ├── UnknownModelError      no expert or route has this name
+    ├── EmptyPoolError         no expert of the route can serve this request
+    ├── BodyTooLargeError
+    ├── ContentTypeError
+    └── OverloadedError        too many requests in work
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "AuthenticationError",
+    "BadRequestError",
+    "BodyTooLargeError",
+    "ContentTypeError",
+    "EmptyPoolError",
+    "OverloadedError",
+    "RequestError",
+    "UnknownModelError",
+]
+
+
+class RequestError(Exception):
+    """A request is refused before any expert is asked.
+
+    Attributes:
+        param: The offending field or header.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class BadRequestError(RequestError):
+    """A field of the request is wrong."""
+
+
+class AuthenticationError(RequestError):
+    """No API key, or one we do not know."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this service asks for an API key: send 'Authorization: Bearer KEY' with a valid key",
+            "authorization",
+        )
+
+
+class UnknownModelError(RequestError):
+    """No expert and no route has this name."""
+
+    def __init__(self, model: str, known: Iterable[str]) -> None:
+        names = ", ".join(map(repr, known))
+        super().__init__(f"unknown model {model!r}; known: {names}", "model")
+
+
+class EmptyPoolError(RequestError):
+    """No expert can serve this request; says which requirement excluded which."""
+
+    def __init__(self, model: str, excluded: Mapping[str, str]) -> None:
+        reasons = "; ".join(f"{expert}: {reason}" for expert, reason in excluded.items())
+        super().__init__(f"no expert of {model!r} can serve this request ({reasons})", "model")
+
+
+class BodyTooLargeError(RequestError):
+    """The body exceeds the limit."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"the body is larger than {limit_bytes} bytes", "body")
+
+
+class ContentTypeError(RequestError):
+    """The body is not announced as JSON."""
+
+    def __init__(self, content_type: str) -> None:
+        super().__init__(
+            f"content-type must be 'application/json', got {content_type!r}", "content-type"
+        )
+
+
+class OverloadedError(RequestError):
+    """Too many requests are in work already."""
+
+    def __init__(self, limit: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{limit} requests are in work already; try again in a moment")
+        self.retry_after_s = retry_after_s

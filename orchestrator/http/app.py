@@ -1,0 +1,230 @@
+"""The FastAPI application: endpoints, keys, and an OpenAPI page that is true."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from experts.errors import ExpertError
+from experts.types import ChatRequest, CompletionRequest
+from orchestrator.core import Orchestrator
+from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
+from orchestrator.http import errors, schemas
+from orchestrator.http.body import parse_body
+from orchestrator.http.generation import (
+    COST_QUALITY_HEADER,
+    DEBUG_HEADER,
+    Generation,
+    cost_quality_header,
+    decision_headers,
+)
+from orchestrator.telemetry import CONTENT_TYPE_LATEST, Telemetry
+from orchestrator.version import version
+
+__all__ = ["create_app"]
+
+_COMPONENTS = "#/components/schemas/{model}"
+
+
+def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> FastAPI:
+    """Build the application.
+
+    Args:
+        orchestrator: Who decides and has requests answered.
+        api_keys: Keys to accept under ``/v1``; none accepts everybody.
+    """
+    app = FastAPI(title="Collegium", version=version(), docs_url="/docs", redoc_url=None)
+    telemetry = Telemetry()
+    generation = Generation(orchestrator, telemetry)
+    keys = [key.encode() for key in api_keys]
+    for kind in (RequestError, ExpertError, Exception):
+        app.add_exception_handler(kind, errors.handle)
+    app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
+    _add_generation(app, orchestrator, generation, keys)
+    _add_models(app, orchestrator, keys)
+    _add_operations(app, orchestrator, telemetry)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _check_key(request: Request, keys: list[bytes]) -> None:
+    if not keys:
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    known = [hmac.compare_digest(key.strip().encode(), accepted) for accepted in keys]
+    if scheme.lower() != "bearer" or not any(known):
+        raise AuthenticationError
+
+
+async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": body}, error.status_code, dict(error.headers or {}))
+
+
+def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": schemas.ErrorBody} for status in statuses}
+
+
+def _parameter(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": schema,
+            "description": description}  # fmt: skip
+
+
+_GENERATION_ERRORS = (400, 401, 404, 413, 415, 429, 500, 502, 503, 504)
+_KNOB = _parameter(
+    COST_QUALITY_HEADER,
+    {"type": "number", "minimum": 0, "maximum": 1},
+    "0 takes the cheapest expert, 1 the best; instead of the route's own setting.",
+)
+_DEBUG = _parameter(
+    DEBUG_HEADER, {"type": "string"}, "1 adds the whole decision as x-collegium-trace."
+)
+
+
+def _body(*models: type[BaseModel]) -> dict[str, Any]:
+    refs = [{"$ref": _COMPONENTS.format(model=model.__name__)} for model in models]
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    stream = {"schema": {"type": "string", "description": "Server-sent events, up to [DONE]."}}
+    return {
+        200: {"model": model, "content": {"text/event-stream": stream}},
+        **_failures(*_GENERATION_ERRORS),
+    }
+
+
+def _add_generation(
+    app: FastAPI, orchestrator: Orchestrator, generation: Generation, keys: list[bytes]
+) -> None:
+    max_bytes = orchestrator.config.server.limits.max_body_bytes
+    extra = {"parameters": [_KNOB, _DEBUG]}
+
+    async def generate(http: Request, model: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        _check_key(http, keys)
+        generation.admit()
+        return await generation.respond(http, await parse_body(http, model, max_bytes))
+
+    @app.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        responses=_answers(schemas.ChatCompletion),
+        openapi_extra={**_body(ChatRequest), **extra},
+    )
+    async def chat_completions(http: Request) -> Response:
+        return await generate(http, ChatRequest)
+
+    @app.post(
+        "/v1/completions",
+        summary="Go on from a text",
+        responses=_answers(schemas.TextCompletion),
+        openapi_extra={**_body(CompletionRequest), **extra},
+    )
+    async def completions(http: Request) -> Response:
+        return await generate(http, CompletionRequest)
+
+    @app.post(
+        "/v1/route",
+        summary="Decide who would answer, without asking",
+        response_model=schemas.RouteBody,
+        responses=_failures(400, 401, 404, 413, 415, 500),
+        openapi_extra={**_body(ChatRequest), "parameters": [_KNOB]},
+    )
+    async def route(http: Request) -> Response:
+        _check_key(http, keys)
+        request = await parse_body(http, ChatRequest, max_bytes)
+        decision = await orchestrator.decide(request, cost_quality=cost_quality_header(http))
+        return JSONResponse(asdict(decision), headers=decision_headers(decision, None, debug=False))
+
+
+def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> None:
+    created = int(time.time())
+    entries = {
+        **{
+            name: schemas.ModelEntry(
+                id=name,
+                created=created,
+                kind="route",
+                description=route.config.description,
+                experts=list(route.experts),
+            )
+            for name, route in orchestrator.routes.items()
+        },
+        **{
+            name: schemas.ModelEntry(
+                id=name,
+                created=created,
+                kind="expert",
+                description=card.description,
+                card=card.model_dump(mode="json"),
+            )
+            for name, card in orchestrator.cards.items()
+        },
+    }
+
+    @app.get("/v1/models", summary="List experts and routes", responses=_failures(401))
+    async def list_models(http: Request) -> schemas.ModelList:
+        _check_key(http, keys)
+        return schemas.ModelList(data=list(entries.values()))
+
+    @app.get("/v1/models/{id}", summary="Show one expert or route", responses=_failures(401, 404))
+    async def show_model(http: Request, id: str) -> schemas.ModelEntry:
+        _check_key(http, keys)
+        if id not in entries:
+            raise UnknownModelError(id, entries)
+        return entries[id]
+
+
+def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemetry) -> None:
+    @app.get("/health", summary="Whether the process answers")
+    async def health() -> schemas.HealthBody:
+        return schemas.HealthBody()
+
+    @app.get(
+        "/ready",
+        summary="Whether the experts can answer",
+        response_model=schemas.ReadyBody,
+        responses={503: {"model": schemas.ReadyBody}},
+    )
+    async def ready() -> Response:
+        states = await orchestrator.check_health()
+        good = not any(states.values())
+        body = schemas.ReadyBody(status="ready" if good else "not ready", experts=states)
+        return JSONResponse(body.model_dump(), 200 if good else 503)
+
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(telemetry.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        # Bodies are parsed from the raw request, so FastAPI cannot find their models by itself.
+        for model in (ChatRequest, CompletionRequest):
+            described = model.model_json_schema(ref_template=_COMPONENTS)
+            components.update(described.pop("$defs", {}))
+            components[model.__name__] = described
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+

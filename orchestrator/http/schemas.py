@@ -1,0 +1,165 @@
+"""Shapes of responses, for the OpenAPI page; tests hold real responses against them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from experts.types import Usage
+
+__all__ = [
+    "ChatCompletion",
+    "ErrorBody",
+    "HealthBody",
+    "ModelEntry",
+    "ModelList",
+    "ReadyBody",
+    "RouteBody",
+    "TextCompletion",
+]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ErrorDetail(_Shape):
+    """What went wrong."""
+
+    message: str
+    """A sentence that says what to do."""
+    type: str
+    """The family of the error, as OpenAI names it."""
+    param: str | None
+    """The offending field or header."""
+    code: str
+    """A stable name of this very error."""
+
+
+class ErrorBody(_Shape):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+class AnswerMessage(_Shape):
+    """The assistant's message."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(_Shape):
+    """One of the ``n`` answers."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: str
+    logprobs: dict[str, Any] | None
+
+
+class _Answer(_Shape):
+    id: str
+    created: int
+    model: str
+    """The expert that answered."""
+    system_fingerprint: str
+    """Hash of the service's config."""
+    usage: Usage
+
+
+class ChatCompletion(_Answer):
+    """A whole chat answer."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class TextChoice(_Shape):
+    """One of the answers."""
+
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: dict[str, Any] | None
+
+
+class TextCompletion(_Answer):
+    """A whole text completion."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class ModelEntry(_Shape):
+    """A name that can stand in ``model``: an expert or a route."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "collegium"
+    kind: Literal["expert", "route"]
+    description: str = ""
+    experts: list[str] | None = None
+    """A route's experts."""
+    card: dict[str, Any] | None = None
+    """An expert's card: capabilities, context length, parameters, prices, base model, adapter."""
+
+
+class ModelList(_Shape):
+    """All names that can stand in ``model``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+class CandidateBody(_Shape):
+    """One expert as the policy saw it."""
+
+    expert: str
+    quality: float | None
+    """Predicted score in [0, 1]."""
+    cost_usd: float
+    """Expected cost of this request in US dollars."""
+    utility: float | None
+    """Quality less cost, by the policy; higher is better."""
+
+
+class RouteBody(_Shape):
+    """A decision that was not carried out."""
+
+    id: str
+    experts: list[str]
+    """Names, best first."""
+    route: str | None
+    router: str | None
+    policy: str
+    strategy: str
+    cost_quality: float | None
+    candidates: list[CandidateBody]
+    """Every expert that could serve the request, best first."""
+    excluded: dict[str, str]
+    """Experts that could not, with the reason."""
+    category: str | None
+    confidence: float | None
+    """Calibrated probability of the category."""
+    fallback: bool
+    """Whether the router was too unsure and used its general category."""
+    detail: dict[str, Any]
+    """Further facts from the router."""
+
+
+class HealthBody(_Shape):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ReadyBody(_Shape):
+    """Whether the experts can answer."""
+
+    status: Literal["ready", "not ready"]
+    experts: dict[str, str | None]
+    """Null for each expert that can answer, else what is wrong."""

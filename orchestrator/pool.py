@@ -1,0 +1,78 @@
+"""Which experts can serve a request: the candidate pool. Looks at cards only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from experts.base import AnyRequest
+from experts.types import Capability, ChatRequest, ExpertCard
+
+__all__ = ["estimated_prompt_tokens", "prompt_text", "required_capabilities", "split_pool"]
+
+# English text has about four characters per token; experts check the exact count themselves.
+CHARACTERS_PER_TOKEN = 4
+# Formats in which messages carry images.
+IMAGE_PARTS = {"image_url", "input_image", "image"}
+
+
+def prompt_text(request: AnyRequest) -> str:
+    """What the router sees: the last user message, or the prompt of a text completion."""
+    if isinstance(request, ChatRequest):
+        spoken = [m.text for m in request.messages if m.role == "user" and m.text]
+        return spoken[-1] if spoken else request.messages[-1].text
+    return request.prompt if isinstance(request.prompt, str) else "\n".join(request.prompt)
+
+
+def estimated_prompt_tokens(request: AnyRequest) -> int:
+    """About how many tokens the prompt has, without a tokenizer."""
+    if isinstance(request, ChatRequest):
+        characters = sum(len(message.text) for message in request.messages)
+    else:
+        characters = len(prompt_text(request))
+    return characters // CHARACTERS_PER_TOKEN
+
+
+def required_capabilities(request: AnyRequest) -> set[Capability]:
+    """What an expert must be able to do to serve the request."""
+    if not isinstance(request, ChatRequest):
+        return {"completion", *(["logprobs"] if request.logprobs is not None else [])}  # type: ignore[list-item]
+    needed: set[Capability] = {"chat"}
+    if request.tools:
+        needed.add("tools")
+    if request.response_format is not None and request.response_format.type != "text":
+        needed.add("json_schema")
+    if request.logprobs:
+        needed.add("logprobs")
+    if any(
+        part.type in IMAGE_PARTS
+        for message in request.messages
+        if isinstance(message.content, list)
+        for part in message.content
+    ):
+        needed.add("images")
+    return needed
+
+
+def split_pool(
+    request: AnyRequest, cards: Iterable[ExpertCard]
+) -> tuple[list[ExpertCard], dict[str, str]]:
+    """Split experts into those that can serve the request and those that cannot.
+
+    Returns:
+        The able ones in their order, and the others' names, each with the reason.
+    """
+    needed = required_capabilities(request)
+    prompt_tokens = estimated_prompt_tokens(request)
+    able: list[ExpertCard] = []
+    excluded: dict[str, str] = {}
+    for card in cards:
+        missing = sorted(needed - card.capabilities)
+        # Half the estimate surely fits into the count, so nobody is excluded by a bad estimate.
+        too_long = card.context_length is not None and prompt_tokens / 2 > card.context_length
+        if missing:
+            excluded[card.name] = f"lacks {', '.join(missing)}"
+        elif too_long:
+            excluded[card.name] = f"context of {card.context_length} tokens is too short"
+        else:
+            able.append(card)
+    return able, excluded

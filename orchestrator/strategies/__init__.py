@@ -1,0 +1,1 @@
+"""How the chosen experts' answers become one."""

@@ -1,0 +1,65 @@
+"""The first expert answers; the next one if it fails before its first byte."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+
+from experts.base import AnyRequest, Expert
+from experts.errors import ExpertError
+from experts.types import Chunk
+from orchestrator.decision import Decision, RequestContext
+from orchestrator.strategies.single import stream_one
+
+__all__ = ["FallbackStrategy"]
+
+logger = logging.getLogger("collegium.strategies")
+
+
+class FallbackStrategy:
+    """Try experts in the decision's order until one answers.
+
+    A retryable error moves on to the next expert as long as nothing of the answer has left: up to
+    the first chunk of a stream, up to the end of a plain answer. Later errors are raised. An error
+    that is not retryable would meet every expert and is raised at once. All attempts share the
+    request's deadline.
+
+    Args:
+        max_attempts: Experts to try at most.
+    """
+
+    name = "fallback"
+
+    def __init__(self, max_attempts: int = 3) -> None:
+        self.max_attempts = max_attempts
+
+    async def run(
+        self,
+        request: AnyRequest,
+        decision: Decision,
+        experts: Mapping[str, Expert],
+        context: RequestContext,
+    ) -> AsyncIterator[Chunk]:
+        """Stream the answer of the first expert that gives one."""
+        attempts = decision.experts[: self.max_attempts]
+        for attempt, name in enumerate(attempts, start=1):
+            held: list[Chunk] = []
+            begun = False
+            try:
+                async with aclosing(stream_one(name, request, experts, context)) as stream:  # type: ignore[type-var]
+                    async for chunk in stream:
+                        if request.stream:
+                            begun = True
+                            yield chunk
+                        else:
+                            held.append(chunk)
+            except ExpertError as error:
+                last = attempt == len(attempts) or context.remaining_s <= 0
+                if begun or last or not error.retryable:
+                    raise
+                logger.warning("expert %s failed, trying the next: %s", name, error)
+            else:
+                for chunk in held:
+                    yield chunk
+                return

@@ -1,0 +1,112 @@
+"""Counters and histograms in Prometheus form, and one log line per decision.
+
+Each replica counts for itself; Prometheus adds them up. Prompts and answers are never recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from experts.types import Usage
+from orchestrator.decision import Decision, RequestContext
+
+__all__ = ["CONTENT_TYPE_LATEST", "Telemetry"]
+
+decisions_log = logging.getLogger("collegium.decisions")
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Telemetry:
+    """What one replica has seen. Names are listed in ``docs/telemetry.md``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "collegium_requests_total",
+            "Requests finished, by what they asked for, who answered, and HTTP status.",
+            ["model", "expert", "status"],
+            registry=self.registry,
+        )
+        self.fallbacks = Counter(
+            "collegium_fallbacks_total",
+            "Experts that failed before their first byte, so that another was asked.",
+            ["expert"],
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            "collegium_tokens_total",
+            "Tokens read and written, by expert.",
+            ["expert", "kind"],
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "collegium_in_flight_requests", "Requests in work.", registry=self.registry
+        )
+        self.seconds = Histogram(
+            "collegium_request_seconds",
+            "Seconds from a request's arrival to its end.",
+            ["expert"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.first_chunk_seconds = Histogram(
+            "collegium_first_chunk_seconds",
+            "Seconds from a request's arrival to the first piece of its answer.",
+            ["expert"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.router_seconds = Histogram(
+            "collegium_router_seconds",
+            "Seconds the router took, waiting for a free thread included.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """All series in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def decided(self, decision: Decision, context: RequestContext) -> None:
+        """Note a decision in the log and the router's time."""
+        if decision.route is not None:
+            self.router_seconds.observe(context.router_s)
+        if decisions_log.isEnabledFor(logging.INFO):
+            decisions_log.info(
+                json.dumps(
+                    {
+                        "decision_id": decision.id,
+                        "route": decision.route,
+                        "policy": decision.policy,
+                        "experts": decision.experts,
+                        "category": decision.category,
+                        "confidence": decision.confidence,
+                        "fallback": decision.fallback,
+                        "router_ms": round(context.router_s * 1000, 3),
+                    }
+                )
+            )
+
+    def first_chunk(self, context: RequestContext) -> None:
+        """Note the time to the first piece, and the experts that failed before it."""
+        elapsed_s = time.monotonic() - context.received
+        self.first_chunk_seconds.labels(context.path[-1]).observe(elapsed_s)
+        for expert in context.path[:-1]:
+            self.fallbacks.labels(expert).inc()
+
+    def finished(
+        self, model: str, context: RequestContext, status: int, usage: Usage | None = None
+    ) -> None:
+        """Note the end of a request. ``status`` 499 means that the client left."""
+        expert = context.path[-1] if context.path else ""
+        self.requests.labels(model, expert, str(status)).inc()
+        self.seconds.labels(expert).observe(time.monotonic() - context.received)
+        if usage is not None:
+            self.tokens.labels(expert, "prompt").inc(usage.prompt_tokens)
+            self.tokens.labels(expert, "completion").inc(usage.completion_tokens)

@@ -1,0 +1,1 @@
+"""Who would answer well: predicts quality, decides nothing."""
