@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError
+from experts.paths import resolve_path
 from experts.types import Chunk, ExpertCard
 from orchestrator.config import (
+    ArtefactRouterConfig,
     CollegiumConfig,
     ConfigError,
     FallbackStrategyConfig,
@@ -32,6 +34,7 @@ from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
+from routers.static import StaticRouter
 
 __all__ = ["Orchestrator", "load_routers"]
 
@@ -54,21 +57,21 @@ def load_routers(config: CollegiumConfig) -> dict[str, Router]:
     Raises:
         ConfigError: An artefact is missing or cannot be used.
     """
-    from experts.weights import resolve_path
-    from routers.registry import load_router
-    from routers.static import StaticRouter
-
     routers: dict[str, Router] = {}
     for name, entry in config.routers.items():
         try:
-            routers[name] = (
-                StaticRouter(entry.quality)
-                if isinstance(entry, StaticRouterConfig)
-                else load_router(resolve_path(entry.path))
-            )
+            routers[name] = _load_router(entry)
         except (RouterError, ExpertError) as error:
             raise ConfigError(f"router {name!r}: {error}") from error
     return routers
+
+
+def _load_router(entry: ArtefactRouterConfig | StaticRouterConfig) -> Router:
+    if isinstance(entry, StaticRouterConfig):
+        return StaticRouter(entry.quality)
+    from routers.registry import load_router
+
+    return load_router(resolve_path(entry.path))
 
 
 class Orchestrator:

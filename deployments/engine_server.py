@@ -1,0 +1,48 @@
+"""The deployment that hosts one in-process engine: transformers, openai or scripted experts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from deployments.batching import Batch, in_batches
+from experts.base import AnyRequest, Expert
+from experts.config import ExpertConfig
+
+__all__ = ["EngineServer"]
+
+
+class EngineServer:
+    """Answers for all experts of one config entry.
+
+    Args:
+        entry: The config entry as JSON-able data; names in it are resolved in this process.
+    """
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        from experts.registry import open_experts
+
+        config: ExpertConfig = TypeAdapter(ExpertConfig).validate_python(entry)
+        self._experts: dict[str, Expert] = open_experts(config)
+
+    def stream(
+        self, expert: str, request: AnyRequest, timeout_s: float
+    ) -> AsyncGenerator[Batch, None]:
+        """Stream one expert's answer in batches."""
+        return in_batches(self._experts[expert].stream(request, timeout_s=timeout_s), expert)
+
+    async def healthy(self, expert: str) -> None:
+        """Return if the expert can answer now, raise if not."""
+        await self._experts[expert].check_health()
+
+    async def check_health(self) -> None:
+        """Ray Serve's own question; a replica that fails it is replaced."""
+        # A remote API that is down is no reason to replace the replica that calls it.
+        await asyncio.sleep(0)
+
+    async def __del__(self) -> None:
+        for expert in getattr(self, "_experts", {}).values():
+            await expert.aclose()

@@ -1,0 +1,49 @@
+"""The ingress deployment: HTTP and all routers in one process, experts behind handles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.handles import HandleExpert
+from deployments.vllm_server import is_remote
+from experts.base import Expert
+from experts.config import cards_of
+from orchestrator.config import CollegiumConfig, parse_config
+from orchestrator.core import Orchestrator, load_routers
+from orchestrator.http.app import create_app
+from orchestrator.settings import api_keys
+
+__all__ = ["Ingress"]
+
+
+class Ingress:
+    """Serves the OpenAI-compatible API.
+
+    Args:
+        config: The whole config as JSON-able data.
+        handles: Handle of each config entry's deployment, in the order of ``config.experts``.
+    """
+
+    def __init__(self, config: dict[str, Any], *handles: DeploymentHandle) -> None:
+        self._config = parse_config(config)
+        self._orchestrator = Orchestrator(
+            self._config, _experts(self._config, handles), load_routers(self._config)
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Ray Serve once per replica."""
+        return create_app(self._orchestrator, api_keys=api_keys(self._config.server.api_keys_env))
+
+
+def _experts(
+    config: CollegiumConfig, handles: tuple[DeploymentHandle, ...]
+) -> dict[str, Expert]:
+    experts: dict[str, Expert] = {}
+    for entry, handle in zip(config.experts, handles, strict=True):
+        for card in cards_of(entry):
+            remote = card.adapter is not None and is_remote(card.adapter)
+            model_id = f"{entry.name}:{card.name}" if remote else None
+            experts[card.name] = HandleExpert(card, handle, multiplexed_model_id=model_id)
+    return experts

@@ -1,0 +1,105 @@
+"""What can be told to be wrong before anything is started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from experts.config import TransformersExpertConfig, VLLMExpertConfig
+from experts.errors import ExpertConfigError
+from experts.paths import PACKAGE_PREFIX, resolve_path
+from orchestrator.config import CollegiumConfig, ConfigError
+
+__all__ = ["available_gib", "check_memory", "check_port", "check_weights", "needed_gib"]
+
+# What Ray itself, the ingress with its routers and one engine's runtime take on a small machine,
+# without weights; measured by ``benchmarks/footprint.py``.
+RAY_GIB = 1.5
+ENGINE_GIB = 0.9
+BYTES_PER_PARAMETER = 2
+
+
+def check_port(setting: str, host: str, port: int) -> None:
+    """Make sure a port can be bound.
+
+    Raises:
+        ConfigError: It is taken, or this user must not bind it.
+    """
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                reason = "is taken by another process; stop that or choose another port"
+            else:
+                reason = f"cannot be bound ({error.strerror})"
+            raise ConfigError(f"{setting}: port {port} on {host} {reason}") from error
+
+
+def check_weights(config: CollegiumConfig) -> None:
+    """Make sure that local weights and adapters exist; names on hubs are not looked up.
+
+    Raises:
+        ConfigError: A path does not exist.
+    """
+    for entry in config.experts:
+        if not isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
+            continue
+        adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
+        for reference in [*_local(entry.model), *adapters]:
+            try:
+                resolve_path(reference)
+            except ExpertConfigError as error:
+                raise ConfigError(f"expert {entry.name!r}: {error}") from error
+
+
+def _local(model: str) -> list[str]:
+    looks_local = model.startswith((PACKAGE_PREFIX, "/", "./", "../", "~"))
+    return [model] if looks_local else []
+
+
+def needed_gib(config: CollegiumConfig) -> float:
+    """A low estimate of the memory the service needs on this machine, in GiB."""
+    total = RAY_GIB
+    for entry in config.experts:
+        if isinstance(entry, TransformersExpertConfig) or (
+            isinstance(entry, VLLMExpertConfig) and entry.device == "cpu"
+        ):
+            billions = entry.total_params_b or 0.0
+            total += ENGINE_GIB + billions * 1e9 * BYTES_PER_PARAMETER / 2**30
+    return total
+
+
+def available_gib() -> float:
+    """Memory this process may still use, in GiB: the machine's, or its container's if less."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    machine = int(fields["MemAvailable"].split()[0]) / 2**20
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        container = (int(limit.read_text()) - int(used.read_text())) / 2**30
+    except (OSError, ValueError):
+        return machine
+    return min(machine, container)
+
+
+def check_memory(config: CollegiumConfig) -> None:
+    """Make sure that the machine has the memory the service surely needs.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if not os.path.exists("/proc/meminfo"):
+        return
+    needed, available = needed_gib(config), available_gib()
+    if needed > available:
+        raise ConfigError(
+            f"the service needs at least {needed:.1f} GiB of memory, {available:.1f} GiB are "
+            "available; stop something, or serve fewer or smaller experts"
+        )
