@@ -13,7 +13,7 @@ from deployments.engine_server import EngineServer
 from deployments.ingress import Ingress
 from deployments.vllm_server import VLLMServer, llm_config, vllm_environment
 from experts.config import DeploymentConfig, ExpertConfig, VLLMExpertConfig
-from orchestrator.config import CollegiumConfig, ConfigError, load_config, parse_config
+from orchestrator.config import CollegiumConfig, ConfigError, from_args
 
 __all__ = ["APPLICATION", "build_app", "check_packages"]
 
@@ -44,15 +44,14 @@ def build_app(args: dict[str, Any]) -> Application:
     """Build the application; the ``import_path`` of Ray Serve config files.
 
     Args:
-        args: A Collegium config as a mapping, or ``{config_file: FILE}``.
+        args: A Collegium config as a mapping, or ``{config_file: FILE}``, where FILE may be
+            ``package:NAME/FILE``.
 
     Raises:
         ConfigError: The config cannot be used; a line per problem.
     """
     check_packages()
-    if set(args) == {"config_file"}:
-        return build(load_config(args["config_file"]))
-    return build(parse_config(args, base=Path.cwd()))
+    return build(from_args(args, base=Path.cwd(), name="args"))
 
 
 def build(config: CollegiumConfig) -> Application:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol, runtime_checkable
 
 from experts.types import ChatRequest, Chunk, CompletionRequest, ExpertCard
@@ -21,7 +21,7 @@ class Expert(Protocol):
         """What is publicly known of this expert. Cheap; constant over its life."""
         ...
 
-    def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncIterator[Chunk]:
+    def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         """Answer a request piece by piece.
 
         The last chunk of each answer carries ``finish_reason``; the last of all carries ``usage``.

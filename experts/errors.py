@@ -42,10 +42,10 @@ class ExpertError(Exception):
 
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, **facts: Any) -> None:
+    def __init__(self, message: str, /, **facts: Any) -> None:
         super().__init__(message)
         self.message = message
-        self._facts = facts or {"message": message}
+        self._facts = facts
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would replay the finished sentence into a constructor that takes facts.
@@ -56,7 +56,7 @@ class ExpertConfigError(ExpertError):
     """The setup is wrong: missing weights, an unknown engine, too little memory."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message, message=message)
 
 
 class InvalidRequestError(ExpertError):

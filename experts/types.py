@@ -11,7 +11,16 @@ from collections.abc import AsyncIterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
 __all__ = [
     "Capability",
@@ -33,6 +42,13 @@ __all__ = [
 
 Capability = Literal["chat", "completion", "tools", "json_schema", "choice", "images", "logprobs"]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+
+def _null_means(default: Any, kind: Any) -> BeforeValidator:
+    # Clients send null for what they do not set; OpenAI takes that for its default.
+    return BeforeValidator(
+        lambda value: default if value is None else value, json_schema_input_type=kind | None
+    )
 
 
 class _Open(BaseModel):
@@ -60,16 +76,33 @@ class ContentPart(_Open):
     """One part of a message's content, such as text or an image."""
 
     type: str
-    text: str | None = None
+    text: Annotated[str | None, Field(validate_default=True)] = None
+
+    @field_validator("text")
+    @classmethod
+    def _text_parts_have_text(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is None and info.data.get("type") == "text":
+            raise ValueError("a part of type 'text' must have a text")
+        return text
 
 
 class Message(_Open):
     """One message of a conversation."""
 
     role: Role
-    content: str | list[ContentPart] | None = None
+    content: Annotated[str | list[ContentPart] | None, Field(validate_default=True)] = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _others_than_assistants_say_something(
+        cls, content: str | list[ContentPart] | None, info: ValidationInfo
+    ) -> str | list[ContentPart] | None:
+        role = info.data.get("role", "assistant")
+        if content is None and role not in ("assistant", "function"):
+            raise ValueError(f"must be a text or a list of parts for the role {role!r}, got null")
+        return content
 
     @property
     def text(self) -> str:
@@ -105,22 +138,33 @@ class ResponseFormat(_Open):
     """The shape an answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchemaFormat | None = None
+    json_schema: Annotated[JSONSchemaFormat | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schemas_are_given(
+        cls, schema: JSONSchemaFormat | None, info: ValidationInfo
+    ) -> JSONSchemaFormat | None:
+        if schema is None and info.data.get("type") == "json_schema":
+            raise ValueError("must be given for the type 'json_schema': {name, schema}")
+        return schema
 
 
 class StreamOptions(_Open):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, _null_means(False, bool)] = False
     """Send one more chunk with token counts before the end."""
 
 
 class GenerationRequest(_Open):
     """What chat and text completion requests share. Defaults and limits are OpenAI's."""
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = "auto"
+    model: Annotated[
+        str, StringConstraints(min_length=1, max_length=256), _null_means("auto", str)
+    ] = "auto"
     """An expert's name, or a route from the config."""
-    stream: bool = False
+    stream: Annotated[bool, _null_means(False, bool)] = False
     """Send the answer as server-sent events while it is written."""
     stream_options: StreamOptions | None = None
     """Options of a streamed answer."""
@@ -130,7 +174,7 @@ class GenerationRequest(_Open):
     """Randomness; 0 takes the likeliest token each time. The default is the expert's, mostly 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Draw from the likeliest tokens that together have this probability."""
-    n: Annotated[int, Field(ge=1, le=16)] = 1
+    n: Annotated[int, Field(ge=1, le=16), _null_means(1, int)] = 1
     """Number of answers."""
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     """Up to four texts that end the answer; they are not part of it."""
@@ -162,13 +206,13 @@ class ChatRequest(GenerationRequest):
     """The conversation so far."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """The newer name of ``max_tokens``."""
-    logprobs: bool = False
+    logprobs: Annotated[bool, _null_means(False, bool)] = False
     """Return the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Return this many alternatives for each token."""
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     """Functions the model may call."""
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     """Whether it must call one: ``auto``, ``none``, ``required``, or one by name."""
     response_format: ResponseFormat | None = None
     """Plain text, any JSON object, or JSON that satisfies a schema."""
@@ -186,7 +230,7 @@ class CompletionRequest(GenerationRequest):
     """The text to go on from, or several."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Return log-probabilities with this many alternatives per token."""
-    echo: bool = False
+    echo: Annotated[bool, _null_means(False, bool)] = False
     """Repeat the prompt before the answer."""
 
 
@@ -293,7 +337,9 @@ def _merge_logprobs(old: dict[str, Any] | None, new: Mapping[str, Any]) -> dict[
 class ExpertCard(BaseModel):
     """What is publicly known of an expert."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     name: str
     """What users put in ``model``."""
@@ -315,3 +361,8 @@ class ExpertCard(BaseModel):
     """The model it is a fine-tune of."""
     adapter: str | None = None
     """The LoRA adapter put on the base model."""
+
+    @field_serializer("capabilities", when_used="json")
+    def _in_order(self, capabilities: frozenset[Capability]) -> list[str]:
+        # Sets have another order in every process.
+        return sorted(capabilities)

@@ -7,6 +7,7 @@ A file is either a bare Collegium config or a Ray Serve config whose application
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,8 @@ from pydantic import (
 )
 
 from experts.config import EnvironmentName, ExpertConfig, cards_of
+from experts.errors import ExpertConfigError
+from experts.paths import resolve_path
 from experts.types import ExpertCard
 
 __all__ = [
@@ -36,7 +39,9 @@ __all__ = [
     "SingleStrategyConfig",
     "StaticRouterConfig",
     "UtilityPolicyConfig",
+    "from_args",
     "load_config",
+    "parse_config",
     "validation_lines",
 ]
 
@@ -51,7 +56,9 @@ class ConfigError(Exception):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ArtefactRouterConfig(_Strict):
@@ -162,6 +169,15 @@ class RayConfig(_Strict):
     object_store_mib: int = Field(default=100, ge=80)
     """Shared memory of Ray's object store in MiB; answers do not pass through it."""
 
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> RayConfig:
+        if self.ingress_autoscaling is not None and "ingress_replicas" in self.model_fields_set:
+            raise ValueError(
+                f"ingress_replicas ({self.ingress_replicas}) and ingress_autoscaling exclude each "
+                "other; leave one out"
+            )
+        return self
+
 
 class CollegiumConfig(_Strict):
     """Everything the service needs to know."""
@@ -184,16 +200,23 @@ class CollegiumConfig(_Strict):
     @property
     def fingerprint(self) -> str:
         """A short hash of the whole config, sent with answers as ``system_fingerprint``."""
-        return "fp_" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        text = json.dumps(_ordered(self.model_dump()), sort_keys=True)
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @field_validator("experts")
     @classmethod
     def _unique_names(cls, experts: tuple[ExpertConfig, ...]) -> tuple[ExpertConfig, ...]:
         seen: set[str] = set()
-        for name in (card.name for entry in experts for card in cards_of(entry)):
-            if name in seen:
-                raise ValueError(f"expert {name!r} is defined twice; names must differ")
-            seen.add(name)
+        for entry in experts:
+            try:
+                names = [card.name for card in cards_of(entry)]
+            except ValidationError as error:
+                lines = "; ".join(validation_lines(error))
+                raise ValueError(f"expert {entry.name!r}: {lines}") from None
+            for name in names:
+                if name in seen:
+                    raise ValueError(f"expert {name!r} is defined twice; names must differ")
+                seen.add(name)
         return experts
 
     @model_validator(mode="after")
@@ -207,7 +230,10 @@ class CollegiumConfig(_Strict):
                 raise ValueError(
                     f"route {route_name!r} uses the unknown router {route.router!r}; known: {known}"
                 )
-            for expert in route.experts or ():
+            listed = route.experts or ()
+            for expert in listed:
+                if listed.count(expert) > 1:
+                    raise ValueError(f"route {route_name!r} lists the expert {expert!r} twice")
                 if expert not in names:
                     raise ValueError(
                         f"route {route_name!r} uses the unknown expert {expert!r}; "
@@ -230,15 +256,44 @@ def load_config(source: Path | str | None = None) -> CollegiumConfig:
         ConfigError: The file is missing, is no YAML, or does not satisfy the schema.
     """
     path = Path(source) if source is not None else EMBEDDED_CONFIG
+    content = _read(path)
+    return from_args(_unwrap_serve_config(content, path), base=path.parent, name=str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: undecodable bytes, or a date that does not exist.
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold a mapping with at least the key 'experts'")
-    return parse_config(_unwrap_serve_config(content, path), base=path.parent, name=str(path))
+    return content
+
+
+def from_args(args: dict[str, Any], *, base: Path, name: str) -> CollegiumConfig:
+    """The config that an application's ``args`` are or point to.
+
+    Args:
+        args: A config as a mapping, or ``{config_file: FILE}`` with settings that replace the
+            file's own top-level ones.
+        base: Folder from which relative paths are taken.
+        name: What to call the source in messages.
+
+    Raises:
+        ConfigError: It cannot be used; a line per problem.
+    """
+    if "config_file" not in args:
+        return parse_config(args, base=base, name=name)
+    reference = str(args["config_file"])
+    try:
+        file = resolve_path(reference if ":" in reference else str(base / reference))
+    except ExpertConfigError as error:
+        raise ConfigError(f"{name}: config_file: {error}") from error
+    rest = {key: value for key, value in args.items() if key != "config_file"}
+    return parse_config({**_read(file), **rest}, base=file.parent, name=str(file))
 
 
 def parse_config(
@@ -254,6 +309,8 @@ def parse_config(
     except ValidationError as error:
         lines = [f"{name}: {line}" for line in validation_lines(error)]
         raise ConfigError("\n".join(lines)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: is nested too deeply") from error
     return _absolute_paths(config, base) if base else config
 
 
@@ -262,7 +319,7 @@ def validation_lines(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors(include_url=False, include_context=False):
         where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = " ".join(problem["msg"].removeprefix("Value error, ").split())
         lines.append(f"{where}: {message}" if where else message)
     return lines
 
@@ -270,20 +327,55 @@ def validation_lines(error: ValidationError) -> list[str]:
 def _unwrap_serve_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if "applications" not in content:
         return content
-    applications = content["applications"] or []
+    applications = content["applications"]
+    if not isinstance(applications, list):
+        raise ConfigError(f"{path}: applications: must be a list of Ray Serve applications")
     ours = [a for a in applications if isinstance(a, dict) and a.get("import_path") == BUILDER]
     if len(ours) != 1:
         raise ConfigError(
             f"{path}: is a Ray Serve config, but {len(ours)} of its applications have "
             f"import_path {BUILDER!r}; exactly one must"
         )
-    config = dict(ours[0].get("args") or {})
-    http = content.get("http_options") or {}
-    server = dict(config.get("server") or {})
+    config = _mapping(ours[0].get("args"), f"{path}: args of the application {BUILDER!r}")
+    http = _mapping(content.get("http_options"), f"{path}: http_options")
+    server = _mapping(config.get("server"), f"{path}: server")
     for key in ("host", "port"):
         if key in http:
             server.setdefault(key, http[key])
     return {**config, "server": server} if server else config
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{where}: must be a mapping, got {value!r:.60}")
+    return dict(value or {})
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """YAML without the trap that the last of several equal keys wins silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, if no key occurs twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} occurs twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _ordered(value: Any) -> Any:
+    """Plain data with sets in a fixed order, which Python's differ in from process to process."""
+    if isinstance(value, dict):
+        return {str(key): _ordered(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_ordered(entry) for entry in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:

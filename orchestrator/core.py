@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from experts.base import AnyRequest, Expert
-from experts.errors import ExpertError
+from experts.errors import ExpertError, ExpertUnavailableError
 from experts.paths import resolve_path
-from experts.types import Chunk, ExpertCard
+from experts.types import ChatRequest, Chunk, ExpertCard
 from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
@@ -29,7 +29,7 @@ from orchestrator.policies import (
     order_by_utility,
     relative_costs,
 )
-from orchestrator.pool import estimated_prompt_tokens, prompt_text, split_pool
+from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
@@ -41,6 +41,9 @@ __all__ = ["Orchestrator", "load_routers"]
 # Encoding a query keeps one core busy for milliseconds; more threads than this would only make
 # every query wait longer, and the event loop needs a core too.
 ROUTER_THREADS = 2
+
+# An expert that does not even say whether it is healthy is not.
+HEALTH_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +122,13 @@ class Orchestrator:
             context: Takes note of the router's time.
 
         Raises:
+            BadRequestError: There is nothing to answer.
             UnknownModelError: ``model`` names neither.
             EmptyPoolError: No expert of the route can serve the request.
         """
+        if not has_content(request):
+            field = "messages" if isinstance(request, ChatRequest) else "prompt"
+            raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
         if request.model in self.cards:
             return self._decide_named(request)
         route = self.routes.get(request.model)
@@ -131,15 +138,21 @@ class Orchestrator:
         if not pool:
             raise EmptyPoolError(request.model, excluded)
         started = time.monotonic()
-        prediction = await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            route.router.predict,
-            [Query(prompt_text(request))],
-            [card.name for card in pool],
-        )
+        prediction = await self._predict(route.router, prompt_text(request), pool)
         if context is not None:
             context.router_s = time.monotonic() - started
         return _decision(request, route, pool, excluded, prediction, cost_quality)
+
+    async def _predict(
+        self, router: Router, text: str, pool: Sequence[ExpertCard]
+    ) -> Prediction:
+        queries, candidates = [Query(text)], [card.name for card in pool]
+        if isinstance(router, StaticRouter):
+            # Looking numbers up takes less time than a hop to a thread.
+            return router.predict(queries, candidates)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, router.predict, queries, candidates
+        )
 
     def _decide_named(self, request: AnyRequest) -> Decision:
         name = request.model
@@ -151,7 +164,7 @@ class Orchestrator:
 
     async def run(
         self, request: AnyRequest, decision: Decision, context: RequestContext
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Have the request answered as decided.
 
         Raises:
@@ -160,19 +173,17 @@ class Orchestrator:
         route = self.routes.get(decision.route or "")
         strategy = route.strategy if route else self._single
         stream = strategy.run(request, decision, self.experts, context)
-        async with aclosing(stream) as chunks:  # type: ignore[type-var]
+        async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def check_health(self) -> dict[str, str | None]:
+    async def check_health(self) -> dict[str, BaseException | None]:
         """The state of every expert: none if it can answer, else what is wrong."""
         results = await asyncio.gather(
-            *(expert.check_health() for expert in self.experts.values()), return_exceptions=True
+            *(_check_health(name, expert) for name, expert in self.experts.items()),
+            return_exceptions=True,
         )
-        return {
-            name: None if result is None else str(result)
-            for name, result in zip(self.experts, results, strict=True)
-        }
+        return dict(zip(self.experts, results, strict=True))
 
     async def aclose(self) -> None:
         """Free routers' threads and all experts."""
@@ -180,6 +191,14 @@ class Orchestrator:
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
         )
+
+
+async def _check_health(name: str, expert: Expert) -> None:
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            await expert.check_health()
+    except TimeoutError:
+        raise ExpertUnavailableError(name, "no answer to the health check") from None
 
 
 def _build_route(

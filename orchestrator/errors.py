@@ -6,6 +6,7 @@
     ├── UnknownModelError      no expert or route has this name
     ├── EmptyPoolError         no expert of the route can serve this request
     ├── BodyTooLargeError
+    ├── BodyTimeoutError       the body did not arrive in time
     ├── ContentTypeError
     └── OverloadedError        too many requests in work
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 __all__ = [
     "AuthenticationError",
     "BadRequestError",
+    "BodyTimeoutError",
     "BodyTooLargeError",
     "ContentTypeError",
     "EmptyPoolError",
@@ -76,13 +78,18 @@ class BodyTooLargeError(RequestError):
         super().__init__(f"the body is larger than {limit_bytes} bytes", "body")
 
 
-class ContentTypeError(RequestError):
-    """The body is not announced as JSON."""
+class BodyTimeoutError(RequestError):
+    """The body did not arrive in time."""
 
-    def __init__(self, content_type: str) -> None:
-        super().__init__(
-            f"content-type must be 'application/json', got {content_type!r}", "content-type"
-        )
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the body did not arrive within {timeout_s:g} s", "body")
+
+
+class ContentTypeError(RequestError):
+    """The body is not announced as plain JSON."""
+
+    def __init__(self, header: str, expected: str, got: str) -> None:
+        super().__init__(f"{header} must be {expected!r}, got {got!r}", header)
 
 
 class OverloadedError(RequestError):

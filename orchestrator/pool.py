@@ -7,7 +7,13 @@ from collections.abc import Iterable
 from experts.base import AnyRequest
 from experts.types import Capability, ChatRequest, ExpertCard
 
-__all__ = ["estimated_prompt_tokens", "prompt_text", "required_capabilities", "split_pool"]
+__all__ = [
+    "estimated_prompt_tokens",
+    "has_content",
+    "prompt_text",
+    "required_capabilities",
+    "split_pool",
+]
 
 # English text has about four characters per token; experts check the exact count themselves.
 CHARACTERS_PER_TOKEN = 4
@@ -23,6 +29,14 @@ def prompt_text(request: AnyRequest) -> str:
     return request.prompt if isinstance(request.prompt, str) else "\n".join(request.prompt)
 
 
+def has_content(request: AnyRequest) -> bool:
+    """Whether there is anything to answer: some text that is not blank, or an image."""
+    if isinstance(request, ChatRequest):
+        return any(m.text and not m.text.isspace() for m in request.messages) or _has_images(request)
+    # A text completion may well go on from a line break.
+    return all([request.prompt] if isinstance(request.prompt, str) else request.prompt)
+
+
 def estimated_prompt_tokens(request: AnyRequest) -> int:
     """About how many tokens the prompt has, without a tokenizer."""
     if isinstance(request, ChatRequest):
@@ -35,7 +49,7 @@ def estimated_prompt_tokens(request: AnyRequest) -> int:
 def required_capabilities(request: AnyRequest) -> set[Capability]:
     """What an expert must be able to do to serve the request."""
     if not isinstance(request, ChatRequest):
-        return {"completion", *(["logprobs"] if request.logprobs is not None else [])}  # type: ignore[list-item]
+        return {"completion", "logprobs"} if request.logprobs is not None else {"completion"}
     needed: set[Capability] = {"chat"}
     if request.tools:
         needed.add("tools")
@@ -43,14 +57,18 @@ def required_capabilities(request: AnyRequest) -> set[Capability]:
         needed.add("json_schema")
     if request.logprobs:
         needed.add("logprobs")
-    if any(
+    if _has_images(request):
+        needed.add("images")
+    return needed
+
+
+def _has_images(request: ChatRequest) -> bool:
+    return any(
         part.type in IMAGE_PARTS
         for message in request.messages
         if isinstance(message.content, list)
         for part in message.content
-    ):
-        needed.add("images")
-    return needed
+    )
 
 
 def split_pool(

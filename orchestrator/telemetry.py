@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -23,9 +24,13 @@ _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Telemetry:
-    """What one replica has seen. Names are listed in ``docs/telemetry.md``."""
+    """What one replica has seen. Names are listed in ``docs/telemetry.md``.
 
-    def __init__(self) -> None:
+    Args:
+        in_flight: Tells how many requests are in work.
+    """
+
+    def __init__(self, in_flight: Callable[[], int] = lambda: 0) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "collegium_requests_total",
@@ -48,6 +53,7 @@ class Telemetry:
         self.in_flight = Gauge(
             "collegium_in_flight_requests", "Requests in work.", registry=self.registry
         )
+        self.in_flight.set_function(in_flight)
         self.seconds = Histogram(
             "collegium_request_seconds",
             "Seconds from a request's arrival to its end.",
@@ -57,7 +63,7 @@ class Telemetry:
         )
         self.first_chunk_seconds = Histogram(
             "collegium_first_chunk_seconds",
-            "Seconds from a request's arrival to the first piece of its answer.",
+            "Seconds from a request's arrival to the first piece of its streamed answer.",
             ["expert"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -94,11 +100,9 @@ class Telemetry:
             )
 
     def first_chunk(self, context: RequestContext) -> None:
-        """Note the time to the first piece, and the experts that failed before it."""
+        """Note the time to the first piece."""
         elapsed_s = time.monotonic() - context.received
         self.first_chunk_seconds.labels(context.path[-1]).observe(elapsed_s)
-        for expert in context.path[:-1]:
-            self.fallbacks.labels(expert).inc()
 
     def finished(
         self, model: str, context: RequestContext, status: int, usage: Usage | None = None
@@ -107,6 +111,8 @@ class Telemetry:
         expert = context.path[-1] if context.path else ""
         self.requests.labels(model, expert, str(status)).inc()
         self.seconds.labels(expert).observe(time.monotonic() - context.received)
+        for failed in context.path[:-1]:
+            self.fallbacks.labels(failed).inc()
         if usage is not None:
             self.tokens.labels(expert, "prompt").inc(usage.prompt_tokens)
             self.tokens.labels(expert, "completion").inc(usage.completion_tokens)

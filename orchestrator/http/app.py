@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from experts.errors import ExpertError
 from experts.types import ChatRequest, CompletionRequest
 from orchestrator.core import Orchestrator
 from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
 from orchestrator.http import errors, schemas
+from orchestrator.http.admission import Admission
 from orchestrator.http.body import parse_body
+from orchestrator.http.encoding import JSONBytes
 from orchestrator.http.generation import (
     COST_QUALITY_HEADER,
     DEBUG_HEADER,
@@ -44,13 +46,15 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
         api_keys: Keys to accept under ``/v1``; none accepts everybody.
     """
     app = FastAPI(title="Collegium", version=version(), docs_url="/docs", redoc_url=None)
-    telemetry = Telemetry()
-    generation = Generation(orchestrator, telemetry)
-    keys = [key.encode() for key in api_keys]
+    admission = Admission(orchestrator.config.server.limits.max_in_flight)
+    telemetry = Telemetry(lambda: admission.in_flight)
+    generation = Generation(orchestrator, telemetry, admission)
+    keys = [key.encode() for key in api_keys if key]
     for kind in (RequestError, ExpertError, Exception):
         app.add_exception_handler(kind, errors.handle)
     app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
-    _add_generation(app, orchestrator, generation, keys)
+    _add_generation(app, generation, keys)
+    _add_route(app, orchestrator, admission, keys)
     _add_models(app, orchestrator, keys)
     _add_operations(app, orchestrator, telemetry)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -61,16 +65,18 @@ def _check_key(request: Request, keys: list[bytes]) -> None:
     if not keys:
         return
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    known = [hmac.compare_digest(key.strip().encode(), accepted) for accepted in keys]
+    # Starlette decodes headers as Latin-1; this gives back the bytes that were sent.
+    sent = key.strip().encode("latin-1")
+    known = [hmac.compare_digest(sent, accepted) for accepted in keys]
     if scheme.lower() != "bearer" or not any(known):
         raise AuthenticationError
 
 
-async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
+async def _http_exception(request: Request, error: HTTPException) -> JSONBytes:
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": body}, error.status_code, dict(error.headers or {}))
+    return JSONBytes({"error": body}, error.status_code, dict(error.headers or {}))
 
 
 def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -82,7 +88,7 @@ def _parameter(name: str, schema: dict[str, Any], description: str) -> dict[str,
             "description": description}  # fmt: skip
 
 
-_GENERATION_ERRORS = (400, 401, 404, 413, 415, 429, 500, 502, 503, 504)
+_GENERATION_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
 _KNOB = _parameter(
     COST_QUALITY_HEADER,
     {"type": "number", "minimum": 0, "maximum": 1},
@@ -107,47 +113,67 @@ def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _add_generation(
-    app: FastAPI, orchestrator: Orchestrator, generation: Generation, keys: list[bytes]
-) -> None:
-    max_bytes = orchestrator.config.server.limits.max_body_bytes
+class _RawRoute(APIRoute):
+    """Hands requests over as they are.
+
+    These endpoints take nothing that FastAPI would parse, and its way to find that out for every
+    request costs more than all of routing.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The endpoint itself."""
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
+
+def _add_generation(app: FastAPI, generation: Generation, keys: list[bytes]) -> None:
     extra = {"parameters": [_KNOB, _DEBUG]}
+    router = APIRouter(route_class=_RawRoute)
 
-    async def generate(http: Request, model: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        _check_key(http, keys)
-        generation.admit()
-        return await generation.respond(http, await parse_body(http, model, max_bytes))
-
-    @app.post(
+    @router.post(
         "/v1/chat/completions",
         summary="Answer a conversation",
         responses=_answers(schemas.ChatCompletion),
         openapi_extra={**_body(ChatRequest), **extra},
     )
     async def chat_completions(http: Request) -> Response:
-        return await generate(http, ChatRequest)
+        _check_key(http, keys)
+        return await generation.respond(http, ChatRequest)
 
-    @app.post(
+    @router.post(
         "/v1/completions",
         summary="Go on from a text",
         responses=_answers(schemas.TextCompletion),
         openapi_extra={**_body(CompletionRequest), **extra},
     )
     async def completions(http: Request) -> Response:
-        return await generate(http, CompletionRequest)
+        _check_key(http, keys)
+        return await generation.respond(http, CompletionRequest)
+
+    app.include_router(router)
+
+
+def _add_route(
+    app: FastAPI, orchestrator: Orchestrator, admission: Admission, keys: list[bytes]
+) -> None:
+    limits = orchestrator.config.server.limits
 
     @app.post(
         "/v1/route",
         summary="Decide who would answer, without asking",
         response_model=schemas.RouteBody,
-        responses=_failures(400, 401, 404, 413, 415, 500),
+        responses=_failures(400, 401, 404, 408, 413, 415, 429, 500),
         openapi_extra={**_body(ChatRequest), "parameters": [_KNOB]},
     )
     async def route(http: Request) -> Response:
         _check_key(http, keys)
-        request = await parse_body(http, ChatRequest, max_bytes)
-        decision = await orchestrator.decide(request, cost_quality=cost_quality_header(http))
-        return JSONResponse(asdict(decision), headers=decision_headers(decision, None, debug=False))
+        with admission.entered():
+            cost_quality = cost_quality_header(http)
+            request = await parse_body(
+                http, ChatRequest, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
+            )
+            decision = await orchestrator.decide(request, cost_quality=cost_quality)
+        return JSONBytes(decision, headers=decision_headers(decision, None, debug=False))
 
 
 def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> None:
@@ -200,10 +226,16 @@ def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemet
         responses={503: {"model": schemas.ReadyBody}},
     )
     async def ready() -> Response:
-        states = await orchestrator.check_health()
-        good = not any(states.values())
-        body = schemas.ReadyBody(status="ready" if good else "not ready", experts=states)
-        return JSONResponse(body.model_dump(), 200 if good else 503)
+        failures = await orchestrator.check_health()
+        good = not any(failures.values())
+        body = schemas.ReadyBody(
+            status="ready" if good else "not ready",
+            experts={
+                name: None if error is None else errors.public_message(error)
+                for name, error in failures.items()
+            },
+        )
+        return JSONBytes(body, 200 if good else 503)
 
     @app.get(
         "/metrics",

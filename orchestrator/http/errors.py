@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from experts.errors import (
     ContextLengthError,
@@ -23,6 +23,7 @@ from experts.errors import (
 from orchestrator.errors import (
     AuthenticationError,
     BadRequestError,
+    BodyTimeoutError,
     BodyTooLargeError,
     ContentTypeError,
     EmptyPoolError,
@@ -30,8 +31,9 @@ from orchestrator.errors import (
     RequestError,
     UnknownModelError,
 )
+from orchestrator.http.encoding import JSONBytes
 
-__all__ = ["ERRORS", "INTERNAL", "error_object", "error_response", "status_of"]
+__all__ = ["ERRORS", "INTERNAL", "error_object", "error_response", "public_message", "status_of"]
 
 logger = logging.getLogger("collegium.http")
 
@@ -44,6 +46,7 @@ ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     EmptyPoolError: (400, "invalid_request_error", "no_capable_expert"),
     AuthenticationError: (401, "authentication_error", "invalid_api_key"),
     UnknownModelError: (404, "invalid_request_error", "model_not_found"),
+    BodyTimeoutError: (408, "invalid_request_error", "body_timeout"),
     BodyTooLargeError: (413, "invalid_request_error", "body_too_large"),
     ContentTypeError: (415, "invalid_request_error", "unsupported_content_type"),
     OverloadedError: (429, "rate_limit_error", "overloaded"),
@@ -79,10 +82,16 @@ def status_of(error: BaseException) -> int:
     return _entry(error)[0]
 
 
+def public_message(error: BaseException) -> str:
+    """What clients may read of an exception."""
+    code = _entry(error)[2]
+    return _PUBLIC.get(code) or getattr(error, "message", None) or str(error)
+
+
 def error_object(error: BaseException, decision_id: str | None = None) -> dict[str, Any]:
     """The OpenAI error object for an exception; details of 5xx stay in the log."""
     _, kind, code = _entry(error)
-    message = _PUBLIC.get(code) or getattr(error, "message", None) or str(error)
+    message = public_message(error)
     if code in _PUBLIC and decision_id:
         message = f"{message} ({decision_id})"
     param = getattr(error, "param", None)
@@ -91,18 +100,24 @@ def error_object(error: BaseException, decision_id: str | None = None) -> dict[s
 
 def error_response(
     error: BaseException, headers: dict[str, str] | None = None, decision_id: str | None = None
-) -> JSONResponse:
+) -> JSONBytes:
     """The response for an exception, with ``Retry-After`` where it says when to come back."""
     status = status_of(error)
     if status >= 500:
         logger.error("request failed (%s)", decision_id or "no decision", exc_info=error)
-    retry_after_s = getattr(error, "retry_after_s", None)
     headers = dict(headers or {})
-    if retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(retry_after_s)))
-    return JSONResponse(error_object(error, decision_id), status, headers)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if status == 429:
+        headers["retry-after"] = _whole_seconds(getattr(error, "retry_after_s", 1.0))
+    return JSONBytes(error_object(error, decision_id), status, headers)
 
 
-async def handle(request: Request, error: Exception) -> JSONResponse:
+def _whole_seconds(wait_s: float) -> str:
+    # An upstream may have sent any number, and clients read whole seconds only.
+    return str(math.ceil(min(max(wait_s, 1.0), 3600.0)) if math.isfinite(wait_s) else 1)
+
+
+async def handle(request: Request, error: Exception) -> JSONBytes:
     """Exception handler for everything an endpoint does not handle itself."""
     return error_response(error)

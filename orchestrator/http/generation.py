@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import dataclass
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from experts.base import AnyRequest
-from experts.types import ChatRequest, Chunk, Usage, collect
+from experts.errors import ExpertTimeoutError
+from experts.types import ChatRequest, Completion, CompletionRequest, Usage, collect
 from orchestrator.core import Orchestrator
 from orchestrator.decision import Decision, RequestContext
-from orchestrator.errors import BadRequestError, OverloadedError
+from orchestrator.errors import BadRequestError
+from orchestrator.http.admission import Admission
+from orchestrator.http.body import parse_body
+from orchestrator.http.encoding import JSONBytes, encode
 from orchestrator.http.errors import error_object, error_response, status_of
 from orchestrator.http.openai_shapes import AnswerShape
 from orchestrator.http.streaming import (
     DONE,
     ClientLeft,
     EventStream,
+    Feed,
     event,
     unless_client_leaves,
 )
@@ -36,6 +42,11 @@ CLIENT_LEFT_STATUS = 499
 PREFIX = "x-collegium-"
 COST_QUALITY_HEADER = PREFIX + "cost-quality"
 DEBUG_HEADER = PREFIX + "debug"
+
+# Experts keep the deadline themselves; one that does not is stopped this much later.
+GRACE_S = 0.5
+
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def decision_headers(
@@ -54,13 +65,15 @@ def decision_headers(
         values["path"] = ">".join(context.path) or None
         values["overhead-ms"] = f"{context.overhead_ms:.2f}"
     if debug:
-        values["trace"] = json.dumps(asdict(decision), separators=(",", ":"))
-    # Category names are users' own words; headers hold ASCII only.
-    return {
-        PREFIX + name: value.encode("ascii", "backslashreplace").decode()
-        for name, value in values.items()
-        if value is not None
-    }
+        values["trace"] = encode(decision).decode()
+    return {PREFIX + name: _header(value) for name, value in values.items() if value is not None}
+
+
+def _header(text: str) -> str:
+    # Category names are users' own words; headers hold one line of ASCII.
+    if text.isascii() and text.isprintable():
+        return text
+    return _CONTROL_CHARACTERS.sub(" ", text).encode("ascii", "backslashreplace").decode()
 
 
 def cost_quality_header(request: Request) -> float | None:
@@ -80,138 +93,171 @@ def cost_quality_header(request: Request) -> float | None:
     return value
 
 
+@dataclass(slots=True)
+class _Turn:
+    """One request on its way through.
+
+    Attributes:
+        status: The HTTP status as telemetry counts it; a stream that broke off has its error's.
+    """
+
+    context: RequestContext
+    request: AnyRequest | None = None
+    decision: Decision | None = None
+    status: int = CLIENT_LEFT_STATUS
+    usage: Usage | None = None
+
+    @property
+    def model(self) -> str:
+        """What the request asked for."""
+        # Names nobody defined must not become label values: anyone could make up millions.
+        return self.request.model if self.request and self.decision else ""
+
+
 class Generation:
-    """Answers checked requests; one instance serves all.
+    """Answers requests; one instance serves all.
 
     Args:
         orchestrator: Who decides and has requests answered.
         telemetry: Who counts.
+        admission: How many requests may be in work.
     """
 
-    def __init__(self, orchestrator: Orchestrator, telemetry: Telemetry) -> None:
+    def __init__(
+        self, orchestrator: Orchestrator, telemetry: Telemetry, admission: Admission
+    ) -> None:
         self._orchestrator = orchestrator
         self._telemetry = telemetry
+        self._admission = admission
         self._limits = orchestrator.config.server.limits
         self._fingerprint = orchestrator.config.fingerprint
-        self._in_flight = 0
 
-    def admit(self) -> None:
-        """Refuse if too many requests are in work already."""
-        if self._in_flight >= self._limits.max_in_flight:
-            raise OverloadedError(self._limits.max_in_flight)
-
-    async def respond(self, http: Request, request: AnyRequest) -> Response:
+    async def respond(
+        self, http: Request, model: type[ChatRequest] | type[CompletionRequest]
+    ) -> Response:
         """Answer one request. Everything that fails becomes an error object."""
-        self._enter()
-        context = RequestContext(deadline=time.monotonic() + self._limits.timeout_s)
-        decision: Decision | None = None
+        turn = _Turn(RequestContext(deadline=time.monotonic() + self._limits.timeout_s))
+        try:
+            self._admission.enter()
+        except Exception as error:
+            return self._failed(turn, error)
         response: Response | None = None
         try:
-            decision = await self._orchestrator.decide(
-                request, cost_quality=cost_quality_header(http), context=context
-            )
-            self._telemetry.decided(decision, context)
-            debug = http.headers.get(DEBUG_HEADER) == "1"
-            begin = self._stream if request.stream else self._plain
-            response = await begin(http, request, decision, context, debug)
-            return response
+            response = await self._answer(http, model, turn)
         except ClientLeft:
-            self._telemetry.finished(request.model, context, CLIENT_LEFT_STATUS)
-            return Response(status_code=CLIENT_LEFT_STATUS)
+            response = Response(status_code=CLIENT_LEFT_STATUS)
         except Exception as error:
-            self._telemetry.finished(_known_model(decision, request), context, status_of(error))
-            headers = decision_headers(decision, context, debug=False) if decision else None
-            return error_response(error, headers, decision.id if decision else None)
+            response = self._failed(turn, error)
         finally:
+            # A stream goes on after this, and ends itself.
             if not isinstance(response, EventStream):
-                self._leave()
+                self._end(turn)
+        return response
 
-    def _enter(self) -> None:
-        self._in_flight += 1
-        self._telemetry.in_flight.set(self._in_flight)
+    def _failed(self, turn: _Turn, error: Exception) -> Response:
+        turn.status = status_of(error)
+        if turn.decision is None:
+            return error_response(error)
+        headers = decision_headers(turn.decision, turn.context, debug=False)
+        return error_response(error, headers, turn.decision.id)
 
-    def _leave(self) -> None:
-        self._in_flight -= 1
-        self._telemetry.in_flight.set(self._in_flight)
+    def _end(self, turn: _Turn) -> None:
+        self._admission.leave()
+        self._telemetry.finished(turn.model, turn.context, turn.status, turn.usage)
+
+    async def _answer(
+        self, http: Request, model: type[ChatRequest] | type[CompletionRequest], turn: _Turn
+    ) -> Response:
+        limits = self._limits
+        cost_quality = cost_quality_header(http)
+        turn.request = request = await parse_body(
+            http, model, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
+        )
+        turn.decision = decision = await self._orchestrator.decide(
+            request, cost_quality=cost_quality, context=turn.context
+        )
+        self._telemetry.decided(decision, turn.context)
+        begin = self._stream if request.stream else self._plain
+        return await begin(http, request, decision, turn)
 
     async def _plain(
-        self,
-        http: Request,
-        request: AnyRequest,
-        decision: Decision,
-        context: RequestContext,
-        debug: bool,
+        self, http: Request, request: AnyRequest, decision: Decision, turn: _Turn
     ) -> Response:
-        chunks = self._orchestrator.run(request, decision, context)
-        completion = await unless_client_leaves(http, collect(chunks))
-        self._telemetry.first_chunk(context)
-        self._telemetry.finished(request.model, context, 200, completion.usage)
-        body = self._shape(request, context).whole(completion)
-        return JSONResponse(body, headers=decision_headers(decision, context, debug=debug))
+        completion = await unless_client_leaves(http, self._collected(request, decision, turn))
+        turn.status, turn.usage = 200, completion.usage
+        body = self._shape(request, turn).whole(completion)
+        return JSONBytes(body, headers=self._headers(http, decision, turn))
+
+    async def _collected(
+        self, request: AnyRequest, decision: Decision, turn: _Turn
+    ) -> Completion:
+        try:
+            async with (
+                asyncio.timeout(turn.context.remaining_s + GRACE_S),
+                aclosing(self._orchestrator.run(request, decision, turn.context)) as chunks,
+            ):
+                return await collect(chunks)
+        except TimeoutError as error:
+            raise self._late(decision, turn) from error
 
     async def _stream(
-        self,
-        http: Request,
-        request: AnyRequest,
-        decision: Decision,
-        context: RequestContext,
-        debug: bool,
+        self, http: Request, request: AnyRequest, decision: Decision, turn: _Turn
     ) -> Response:
-        chunks = self._orchestrator.run(request, decision, context)
+        feed = Feed(self._events(request, decision, turn), http.receive)
         try:
             # Headers name the expert that answers, which is certain with its first chunk only.
-            first = await unless_client_leaves(http, anext(chunks, Chunk(finish_reason="stop")))
+            await feed.begin()
         except BaseException:
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await feed.aclose()
             raise
-        self._telemetry.first_chunk(context)
-        events = self._events(request, first, chunks, context, decision.id)
-        return EventStream(events, decision_headers(decision, context, debug=debug))
+        feed.task.add_done_callback(lambda _: self._end(turn))
+        return EventStream(feed, self._headers(http, decision, turn))
 
     async def _events(
-        self,
-        request: AnyRequest,
-        first: Chunk,
-        rest: AsyncIterator[Chunk],
-        context: RequestContext,
-        decision_id: str,
-    ) -> AsyncIterator[bytes]:
-        shape = self._shape(request, context)
-        begun: set[int] = set()
-        usage: Usage | None = None
-        status = CLIENT_LEFT_STATUS
+        self, request: AnyRequest, decision: Decision, turn: _Turn
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer's events. Errors are raised up to the first event, and an event later."""
+        shape: AnswerShape | None = None
         try:
-            async with aclosing(_chain(first, rest)) as chunks:  # type: ignore[type-var]
+            async with (
+                asyncio.timeout(turn.context.remaining_s + GRACE_S),
+                aclosing(self._orchestrator.run(request, decision, turn.context)) as chunks,
+            ):
+                begun: set[int] = set()
                 async for chunk in chunks:
-                    usage = chunk.usage or usage
+                    if shape is None:
+                        self._telemetry.first_chunk(turn.context)
+                        shape = self._shape(request, turn)
+                    turn.usage = chunk.usage or turn.usage
                     if shape.chat and chunk.index not in begun:
                         begun.add(chunk.index)
                         yield event(shape.role(chunk.index))
                     if chunk.text or chunk.tool_calls or chunk.finish_reason or chunk.logprobs:
                         yield event(shape.piece(chunk))
+            shape = shape or self._shape(request, turn)
             if request.stream_options and request.stream_options.include_usage:
-                yield event(shape.usage(usage or Usage()))
+                yield event(shape.usage(turn.usage or Usage()))
             yield DONE
-            status = 200
+            turn.status = 200
         except Exception as error:
-            status = status_of(error)
-            logger.error("stream broke off (%s)", decision_id, exc_info=error)
-            yield event(error_object(error, decision_id))
-        finally:
-            self._leave()
-            self._telemetry.finished(request.model, context, status, usage)
+            shown = self._late(decision, turn) if isinstance(error, TimeoutError) else error
+            if shape is None:
+                raise shown from error
+            turn.status = status_of(shown)
+            logger.error("stream broke off (%s)", decision.id, exc_info=error)
+            yield event(encode(error_object(shown, decision.id)))
 
-    def _shape(self, request: AnyRequest, context: RequestContext) -> AnswerShape:
-        return AnswerShape(isinstance(request, ChatRequest), context.path[-1], self._fingerprint)
+    def _late(self, decision: Decision, turn: _Turn) -> ExpertTimeoutError:
+        name = (turn.context.path or decision.experts)[-1]
+        return ExpertTimeoutError(name, self._limits.timeout_s)
 
+    def _shape(self, request: AnyRequest, turn: _Turn) -> AnswerShape:
+        return AnswerShape(
+            chat=isinstance(request, ChatRequest),
+            model=turn.context.path[-1],
+            fingerprint=self._fingerprint,
+        )
 
-def _known_model(decision: Decision | None, request: AnyRequest) -> str:
-    # Names nobody defined must not become label values: anyone could make up millions.
-    return request.model if decision else ""
-
-
-async def _chain(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    async with aclosing(rest) as chunks:  # type: ignore[type-var]
-        yield first
-        async for chunk in chunks:
-            yield chunk
+    def _headers(self, http: Request, decision: Decision, turn: _Turn) -> dict[str, str]:
+        debug = http.headers.get(DEBUG_HEADER) == "1"
+        return decision_headers(decision, turn.context, debug=debug)

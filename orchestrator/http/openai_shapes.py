@@ -4,100 +4,90 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
-from experts.types import Chunk, Completion, Usage
+from experts.types import Choice, Chunk, Completion, Usage
+from orchestrator.http.encoding import encode
 
 __all__ = ["AnswerShape"]
 
 
-@dataclass(slots=True)
 class AnswerShape:
-    """Turns chunks into OpenAI objects for one request.
+    """Turns one request's answer into OpenAI objects, as JSON.
 
-    Attributes:
+    Args:
         chat: Chat completions if true, text completions if not.
         model: The expert that answers.
         fingerprint: Hash of the config.
     """
 
-    chat: bool
-    model: str
-    fingerprint: str
-    created: int = field(default_factory=lambda: int(time.time()))
-    id: str = ""
-
-    def __post_init__(self) -> None:
-        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
-
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+    def __init__(self, *, chat: bool, model: str, fingerprint: str) -> None:
+        self.chat = chat
+        self._envelope = {
+            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
         }
+        # All chunks of a stream begin alike, so that is encoded once.
+        self._head = encode(self._envelope)[:-1] + b',"choices":['
 
     def whole(self, completion: Completion) -> dict[str, Any]:
         """The object of a plain answer."""
-        body = self._envelope("chat.completion" if self.chat else "text_completion")
-        choices = []
-        for index, choice in enumerate(completion.choices):
-            entry: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason or "stop"}
-            if self.chat:
-                message: dict[str, Any] = {
-                    "role": "assistant",
-                    "content": choice.text if choice.text or not choice.tool_calls else None,
-                }
-                if choice.tool_calls:
-                    message["tool_calls"] = choice.tool_calls
-                entry["message"] = message
-            else:
-                entry["text"] = choice.text
-            entry["logprobs"] = choice.logprobs
-            choices.append(entry)
-        return {**body, "choices": choices, "usage": completion.usage.model_dump()}
+        entry = self._message if self.chat else self._text
+        choices = [entry(index, choice) for index, choice in enumerate(completion.choices)]
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._envelope, "object": kind, "choices": choices, "usage": completion.usage}
 
-    def role(self, index: int) -> dict[str, Any]:
+    def _message(self, index: int, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if choice.tool_calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = choice.tool_calls
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": choice.finish_reason or "stop",
+            "logprobs": choice.logprobs,
+        }
+
+    def _text(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": choice.text,
+            "finish_reason": choice.finish_reason or "stop",
+            "logprobs": choice.logprobs,
+        }
+
+    def role(self, index: int) -> bytes:
         """The first chunk of a chat answer, which names the role."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
+    def piece(self, chunk: Chunk) -> bytes:
         """One chunk of a streamed answer."""
-        if not self.chat:
-            return self._chunk(
-                chunk.index,
-                {"text": chunk.text},
-                finish_reason=chunk.finish_reason,
-                logprobs=chunk.logprobs,
-            )
-        delta: dict[str, Any] = {}
-        if chunk.text:
-            delta["content"] = chunk.text
-        if chunk.tool_calls:
-            delta["tool_calls"] = chunk.tool_calls
-        return self._chunk(
-            chunk.index,
-            {"delta": delta},
-            finish_reason=chunk.finish_reason,
-            logprobs=chunk.logprobs,
-        )
+        content: dict[str, Any]
+        if self.chat:
+            delta: dict[str, Any] = {}
+            if chunk.text:
+                delta["content"] = chunk.text
+            if chunk.tool_calls:
+                delta["tool_calls"] = chunk.tool_calls
+            content = {"delta": delta}
+        else:
+            content = {"text": chunk.text}
+        return self._chunk(chunk.index, content, chunk.finish_reason, chunk.logprobs)
 
-    def usage(self, usage: Usage) -> dict[str, Any]:
+    def usage(self, usage: Usage) -> bytes:
         """The chunk after the last that carries the token counts."""
-        body = self._envelope("chat.completion.chunk" if self.chat else "text_completion")
-        return {**body, "choices": [], "usage": usage.model_dump()}
+        return self._head + b'],"usage":' + encode(usage) + b"}"
 
     def _chunk(
         self,
         index: int,
         content: dict[str, Any],
-        *,
         finish_reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        body = self._envelope("chat.completion.chunk" if self.chat else "text_completion")
+    ) -> bytes:
         entry = {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
-        return {**body, "choices": [entry]}
+        return self._head + encode(entry) + b"]}"

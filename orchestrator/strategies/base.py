@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from experts.base import AnyRequest, Expert
@@ -23,7 +23,7 @@ class Strategy(Protocol):
         decision: Decision,
         experts: Mapping[str, Expert],
         context: RequestContext,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Answer the request.
 
         Calls ``context.ask`` before it asks an expert, so that the path is known when the first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from experts.base import AnyRequest, Expert
@@ -40,14 +40,14 @@ class FallbackStrategy:
         decision: Decision,
         experts: Mapping[str, Expert],
         context: RequestContext,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer of the first expert that gives one."""
         attempts = decision.experts[: self.max_attempts]
         for attempt, name in enumerate(attempts, start=1):
             held: list[Chunk] = []
             begun = False
             try:
-                async with aclosing(stream_one(name, request, experts, context)) as stream:  # type: ignore[type-var]
+                async with aclosing(stream_one(name, request, experts, context)) as stream:
                     async for chunk in stream:
                         if request.stream:
                             begun = True

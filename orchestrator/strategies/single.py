@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from experts.base import AnyRequest, Expert
@@ -15,13 +15,13 @@ __all__ = ["SingleStrategy", "stream_one"]
 
 async def stream_one(
     name: str, request: AnyRequest, experts: Mapping[str, Expert], context: RequestContext
-) -> AsyncIterator[Chunk]:
+) -> AsyncGenerator[Chunk, None]:
     """Stream one expert's answer within the request's deadline, noting it in the path."""
     timeout_s = context.remaining_s
     if timeout_s <= 0:
         raise ExpertTimeoutError(name, 0.0)
     context.ask(name)
-    async with aclosing(experts[name].stream(request, timeout_s=timeout_s)) as stream:  # type: ignore[type-var]
+    async with aclosing(experts[name].stream(request, timeout_s=timeout_s)) as stream:
         async for chunk in stream:
             yield chunk
 
@@ -37,8 +37,8 @@ class SingleStrategy:
         decision: Decision,
         experts: Mapping[str, Expert],
         context: RequestContext,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Stream the first expert's answer."""
-        async with aclosing(stream_one(decision.experts[0], request, experts, context)) as stream:  # type: ignore[type-var]
+        async with aclosing(stream_one(decision.experts[0], request, experts, context)) as stream:
             async for chunk in stream:
                 yield chunk

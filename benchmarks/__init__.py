@@ -1,0 +1,1 @@
+"""Measurements. Each script prints what it measured and writes it under ``docs/results``."""

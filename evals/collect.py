@@ -1,0 +1,254 @@
+"""Run experts on tasks and write the outcome table that routers learn from.
+
+Answers are journalled as they come, one JSON line each, so an interrupted run goes on where
+it stopped; grades are made from the journal, so a better grader needs no new answers. Knows
+experts only as the `Expert` protocol, not how they are built.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from evals.collect_options import CollectOptions
+from evals.tasks import Sample, Task
+from experts.base import Expert
+from experts.errors import ExpertConfigError, ExpertError
+from experts.types import ChatRequest, ExpertCard, Message
+from experts.types import collect as collect_chunks
+from routers.outcomes import CARD_FIELDS, OutcomeTable, Prompts
+
+__all__ = ["Answer", "CollectError", "Journal", "collect", "write_outcome_table"]
+
+JOURNAL_FILE = "answers.jsonl"
+_ATTEMPTS = 3
+
+
+class CollectError(Exception):
+    """A run that cannot go on; one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one expert answered to one prompt, ungraded.
+
+    Attributes:
+        prompt_id: The sample's id.
+        model: The expert's name.
+        text_sha256: Start of the prompt's hash: an answer to another text is no answer.
+        answer: The answer's text.
+        input_tokens: Tokens of the prompt as the expert counted them.
+        output_tokens: Tokens of the answer.
+        latency_s: Seconds from the request to the whole answer, waiting included; none if
+            it was not measured one request at a time.
+    """
+
+    prompt_id: str
+    model: str
+    text_sha256: str
+    answer: str
+    input_tokens: int
+    output_tokens: int
+    latency_s: float | None
+
+
+class Journal:
+    """Answers on disk, appended one line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; a last line cut off by an interruption is removed."""
+        self.path = path
+        self.answers: dict[tuple[str, str], Answer] = {}
+        for answer in _read_lines(path):
+            self.answers[answer.prompt_id, answer.model] = answer
+
+    def find(self, sample: Sample, model: str) -> Answer | None:
+        """Return the answer of a model to a sample as it is worded now."""
+        answer = self.answers.get((sample.prompt_id, model))
+        return answer if answer and answer.text_sha256 == text_hash(sample.text) else None
+
+    def append(self, answer: Answer) -> None:
+        """Keep an answer; it is in the file when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+        self.answers[answer.prompt_id, answer.model] = answer
+
+
+def text_hash(text: str) -> str:
+    """Return the start of the SHA-256 of a prompt's text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_lines(path: Path) -> Iterator[Answer]:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole, _, rest = content.rpartition(b"\n")
+    if rest:
+        with path.open("r+b") as file:
+            file.truncate(len(content) - len(rest))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            yield Answer(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise CollectError(f"line {number} of {path} is damaged; delete that line") from error
+
+
+async def collect(
+    experts: Mapping[str, Expert], tasks: Sequence[Task], out: Path, options: CollectOptions
+) -> dict[str, int]:
+    """Run every expert on every sample greedily and write the outcome table.
+
+    Answers that the folder's journal already has are not asked for again. An answer that
+    fails three times is left out of the table, and asked for again by the next run.
+
+    Args:
+        experts: Who answers, by the name that goes into the table.
+        tasks: What is asked.
+        out: Folder for the table and the journal.
+        options: How much is asked, and how many requests at a time.
+
+    Returns:
+        The number of answers that are missing, by expert, for experts that lack any.
+
+    Raises:
+        CollectError: If the journal is damaged or there is nothing to ask.
+        ExpertConfigError: If an expert can never answer.
+    """
+    questions = _questions(tasks, options)
+    if not questions or not experts:
+        raise CollectError("nothing to collect: no samples in these splits, or no experts")
+    out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out / JOURNAL_FILE)
+    jobs = [
+        (name, sample, task)
+        for name in experts
+        for sample, task in questions
+        if not journal.find(sample, name)
+    ]
+    missing: dict[str, int] = {}
+    total = len(experts) * len(questions)
+    with tqdm(total=total, initial=total - len(jobs), unit="answer") as bar:
+        # One iterator feeds all workers: nothing is awaited between taking a job and the next.
+        waiting = iter(jobs)
+
+        async def work() -> None:
+            for name, sample, task in waiting:
+                answer = await _ask(experts[name], name, sample, task.max_tokens, options.timeout_s)
+                if answer:
+                    journal.append(answer)
+                else:
+                    missing[name] = missing.get(name, 0) + 1
+                bar.update()
+
+        await _run_workers(work, min(options.concurrency, len(jobs)))
+    cards = {name: expert.card for name, expert in experts.items()}
+    write_outcome_table(out, tasks, journal, cards, options)
+    return missing
+
+
+def _questions(tasks: Iterable[Task], options: CollectOptions) -> list[tuple[Sample, Task]]:
+    return [
+        (sample, task)
+        for task in tasks
+        for split in options.splits
+        for sample in task.samples(split)[: options.limit]
+    ]
+
+
+async def _run_workers(work: Callable[[], Coroutine[Any, Any, None]], count: int) -> None:
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(work())
+    except ExceptionGroup as errors:
+        # Whoever called asked for one thing; the first failure is why it was not done.
+        raise errors.exceptions[0] from None
+
+
+async def _ask(
+    expert: Expert, name: str, sample: Sample, max_tokens: int, timeout_s: float
+) -> Answer | None:
+    request = ChatRequest(
+        model=name,
+        messages=[Message(role="user", content=sample.text)],
+        max_tokens=max_tokens,
+        temperature=0,
+    )
+    for attempt in range(_ATTEMPTS):
+        started = time.monotonic()
+        try:
+            completion = await collect_chunks(expert.stream(request, timeout_s=timeout_s))
+        except ExpertConfigError:
+            raise
+        except ExpertError as error:
+            if not error.retryable or attempt == _ATTEMPTS - 1:
+                tqdm.write(f"{sample.prompt_id}: {error}", file=sys.stderr)
+                return None
+            await asyncio.sleep(2**attempt)
+        else:
+            return Answer(
+                prompt_id=sample.prompt_id,
+                model=name,
+                text_sha256=text_hash(sample.text),
+                answer=completion.text,
+                input_tokens=completion.usage.prompt_tokens,
+                output_tokens=completion.usage.completion_tokens,
+                latency_s=round(time.monotonic() - started, 3),
+            )
+    return None
+
+
+def write_outcome_table(
+    out: Path,
+    tasks: Iterable[Task],
+    journal: Journal,
+    cards: Mapping[str, ExpertCard],
+    options: CollectOptions,
+) -> None:
+    """Grade the journal's answers and write them as an outcome table.
+
+    Args:
+        out: Folder for the table.
+        tasks: What was asked; their samples are the table's prompts.
+        journal: The answers; cells without one are left out.
+        cards: The models of the table with what is known of them.
+        options: Which samples become rows.
+    """
+    import numpy as np
+
+    questions = _questions(tasks, options)
+    columns = ("score", "input_tokens", "output_tokens", "latency_s")
+    numbers = {column: np.full((len(questions), len(cards)), np.nan) for column in columns}
+    for row, (sample, task) in enumerate(questions):
+        for column, model in enumerate(cards):
+            answer = journal.find(sample, model)
+            if answer:
+                numbers["score"][row, column] = task.grade(answer.answer, sample)
+                numbers["input_tokens"][row, column] = answer.input_tokens
+                numbers["output_tokens"][row, column] = answer.output_tokens
+                if answer.latency_s is not None:
+                    numbers["latency_s"][row, column] = answer.latency_s
+    if np.isnan(numbers["latency_s"]).all():
+        del numbers["latency_s"]
+    samples = [sample for sample, _ in questions]
+    prompts = Prompts(
+        [sample.prompt_id for sample in samples],
+        [sample.text for sample in samples],
+        [sample.category for sample in samples],
+        [sample.split for sample in samples],
+    )
+    facts = {
+        name: card.model_dump(mode="json", include=CARD_FIELDS, exclude_none=True)
+        for name, card in cards.items()
+    }
+    OutcomeTable(prompts, models=list(cards), numbers=numbers, cards=facts).write(out)

@@ -1,0 +1,27 @@
+"""How much a collection asks; apart from `evals.collect`, so that commands start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evals.tasks import TABLE_SPLITS, Split
+
+__all__ = ["CollectOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectOptions:
+    """How much is asked, and how.
+
+    Attributes:
+        concurrency: Requests under way at the same time, all experts together.
+        splits: Which splits are asked.
+        limit: Samples per task and split; all if none.
+        timeout_s: Seconds for one answer.
+    """
+
+    concurrency: int = 16
+    splits: Sequence[Split] = TABLE_SPLITS
+    limit: int | None = None
+    timeout_s: float = 300.0

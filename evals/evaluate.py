@@ -1,0 +1,326 @@
+"""Judges routers on an outcome table: decisions first, frozen and hashed; then the scores.
+
+``decide`` sees prompts, cards and a fitted router. ``judge`` takes what was decided and reads the
+scores. Nothing here prints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from evals.metrics import (
+    Estimate,
+    best_single_choice,
+    bootstrap_mean,
+    chosen,
+    gap_closed,
+    macro_mean,
+    oracle_scores,
+    paired_difference,
+    random_scores,
+)
+from orchestrator.policies import UtilityPolicy, expected_cost_usd, relative_costs
+from routers.base import Query, Router, RouterError
+from routers.baselines import category_table_choice
+from routers.outcomes import OutcomeTable, Prompts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Decisions", "Evaluation", "Line", "decide", "decisions_sha256", "judge", "shared_pool"]
+
+# As in serving (orchestrator.pool): English text has about four characters per token.
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What a router and a policy chose, from prompts alone.
+
+    Attributes:
+        name: What the report calls the router.
+        prompts: The prompts decided on.
+        candidates: The models to choose from; the columns of ``quality``.
+        quality: Predicted, shape (n_prompts, n_candidates).
+        choice: Positions of the chosen models, shape (n_prompts,).
+        cost_quality: The policy's knob.
+        fallbacks: For how many prompts the router fell back to its general category.
+        sha256: Hash of the decisions; see ``decisions_sha256``.
+    """
+
+    name: str
+    prompts: Prompts
+    candidates: list[str]
+    quality: NDArray[np.float32]
+    choice: NDArray[np.intp]
+    cost_quality: float
+    fallbacks: int
+    sha256: str
+
+    @property
+    def models(self) -> list[str]:
+        """The chosen model of each prompt."""
+        return [self.candidates[j] for j in self.choice]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a report: a router, a baseline or a single model.
+
+    Attributes:
+        kind: ``router``, ``baseline``, ``model`` or ``bound`` (what no deployed router can reach).
+        score: Mean score.
+        by_category: Mean score within each category.
+        macro: Mean of the category means; none without categories.
+        cost_usd: Mean cost of a prompt in US dollars; NaN where unknown.
+        shares: Share of prompts each model got.
+        versus: Paired differences, by the other line's name.
+        gap_closed: Share of the way from best single to the oracle.
+    """
+
+    name: str
+    kind: str
+    score: Estimate
+    by_category: dict[str, Estimate] = field(default_factory=dict)
+    macro: Estimate | None = None
+    cost_usd: float = float("nan")
+    shares: dict[str, float] = field(default_factory=dict)
+    versus: dict[str, Estimate] = field(default_factory=dict)
+    gap_closed: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Everything a report shows.
+
+    Attributes:
+        split: The split judged on.
+        table_sha256: Hash of the table's contents.
+        decisions: Hash of each router's decisions, taken before any score was read.
+        notes: What a reader must know to read the numbers right.
+    """
+
+    split: str
+    n_prompts: int
+    candidates: list[str]
+    cost_quality: float
+    table_sha256: str
+    decisions: dict[str, str]
+    fallbacks: dict[str, int]
+    lines: list[Line]
+    notes: list[str]
+
+
+def shared_pool(
+    routers: Mapping[str, Router], table: OutcomeTable, models: Sequence[str] | None = None
+) -> list[str]:
+    """The models every router can predict for and the table knows, in the first router's order.
+
+    Reads models' names, no score.
+
+    Raises:
+        RouterError: There is none, or a wanted model is not among them.
+    """
+    known = [set(router.models) for router in routers.values()]
+    if table.has_outcomes:
+        known.append(set(table.models))
+    first = next(iter(routers.values())).models
+    pool = [name for name in first if all(name in names for names in known)]
+    if models is not None:
+        for name in models:
+            if name not in pool:
+                listed = ", ".join(map(repr, pool)) or "none"
+                raise RouterError(
+                    f"unknown model {name!r}; known to all routers and the table: {listed}"
+                )
+        return list(models)
+    if not pool:
+        raise RouterError(
+            "no model is known to every router and to the table; the first router knows "
+            + ", ".join(map(repr, first))
+        )
+    return pool
+
+
+def decide(
+    name: str,
+    router: Router,
+    table: OutcomeTable,
+    *,
+    split: str,
+    candidates: Sequence[str],
+    cost_quality: float = 1.0,
+) -> Decisions:
+    """Predict and choose for every prompt of a split. Reads no outcome.
+
+    Costs are those a service expects: prices of the cards, estimated prompt length and a typical
+    answer; see ``orchestrator.policies``.
+    """
+    import numpy as np
+
+    prompts = table.with_prompts_of(split)
+    prediction = router.predict([Query(text) for text in prompts.texts], candidates)
+    policy = UtilityPolicy(cost_quality)
+    cards = [table.card(model) for model in candidates]
+    choice = np.empty(len(prompts), np.intp)
+    for row, text in enumerate(prompts.texts):
+        tokens = len(text) // CHARACTERS_PER_TOKEN
+        costs = relative_costs(cards, [expected_cost_usd(card, tokens) for card in cards])
+        choice[row] = policy.choose(prediction.quality[row].tolist(), costs)[0]
+    models = [candidates[int(j)] for j in choice]
+    return Decisions(
+        name=name,
+        prompts=prompts,
+        candidates=list(candidates),
+        quality=prediction.quality,
+        choice=choice,
+        cost_quality=cost_quality,
+        fallbacks=sum(explanation.fallback for explanation in prediction.explanations),
+        sha256=decisions_sha256(prompts.ids, models),
+    )
+
+
+def decisions_sha256(prompt_ids: Sequence[str], models: Sequence[str]) -> str:
+    """SHA-256 of the lines ``prompt_id,model``, each ended by a line break, as UTF-8."""
+    lines = "".join(f"{p},{m}\n" for p, m in zip(prompt_ids, models, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def judge(decisions: Sequence[Decisions], table: OutcomeTable, *, split: str) -> Evaluation:
+    """Read the scores and compare the decisions with baselines and bounds.
+
+    Args:
+        decisions: Of one or more routers, with the same prompts and candidates.
+        table: The table they were made for.
+        split: The split they were made for.
+    """
+    first = decisions[0]
+    candidates = first.candidates
+    scores = table.scores(split, candidates)
+    costs = table.costs_usd(split, candidates)
+    maker = _LineMaker(first.prompts, candidates, scores, costs)
+    notes = _notes(table, scores)
+    lines = [maker.chosen(d.name, "router", d.choice) for d in decisions]
+    lines += _baselines(maker, table, split, notes)
+    lines += [maker.chosen(name, "model", maker.constant(j)) for j, name in enumerate(candidates)]
+    return Evaluation(
+        split=split,
+        n_prompts=len(first.prompts),
+        candidates=candidates,
+        cost_quality=first.cost_quality,
+        table_sha256=table.sha256,
+        decisions={d.name: d.sha256 for d in decisions},
+        fallbacks={d.name: d.fallbacks for d in decisions},
+        lines=[maker.compared(line) for line in lines],
+        notes=notes,
+    )
+
+
+def _notes(table: OutcomeTable, scores: NDArray[np.float64]) -> list[str]:
+    import numpy as np
+
+    notes = []
+    if table.prompts.splits is None:
+        notes.append("the table has no column 'split': all prompts are judged on")
+    missing = int(np.isnan(scores).sum())
+    if missing:
+        notes.append(
+            f"{missing} of {scores.size} scores are missing; each line averages the prompts on "
+            "which its models were run"
+        )
+    return notes
+
+
+def _baselines(maker: _LineMaker, table: OutcomeTable, split: str, notes: list[str]) -> list[Line]:
+    """Random, best single, category table, category oracle and oracle, as far as they exist."""
+    lines = [maker.values("random", "baseline", random_scores(maker.scores))]
+    learnt = "train" if table.has_split("train") and split != "train" else split
+    if learnt == split:
+        notes.append(f"best single and category table are chosen on {split} itself: in hindsight")
+    train = table.scores(learnt, maker.candidates)
+    best = maker.constant(best_single_choice(train))
+    lines.append(maker.chosen("best single", "baseline", best))
+    categories = maker.prompts.categories
+    known = table.with_prompts_of(learnt).categories
+    if categories is not None and known is not None:
+        by_table = category_table_choice(train, known, categories)
+        lines.append(maker.chosen("category table", "baseline", by_table))
+        oracle = category_table_choice(maker.scores, categories, categories)
+        lines.append(maker.chosen("category oracle", "bound", oracle))
+    lines.append(maker.values("oracle", "bound", oracle_scores(maker.scores)))
+    return lines
+
+
+class _LineMaker:
+    """Makes lines over the same prompts and remembers their scores for comparison."""
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        candidates: list[str],
+        scores: NDArray[np.float64],
+        costs: NDArray[np.float64],
+    ) -> None:
+        self.prompts = prompts
+        self.candidates = candidates
+        self.scores = scores
+        self._costs = costs
+        self._values: dict[tuple[str, str], NDArray[np.float64]] = {}
+        self._means: dict[str, float] = {}
+
+    def constant(self, model: int) -> NDArray[np.intp]:
+        """The choice of one model for every prompt."""
+        import numpy as np
+
+        return np.full(len(self.scores), model, np.intp)
+
+    def chosen(self, name: str, kind: str, choice: NDArray[np.intp]) -> Line:
+        """The line of a choice."""
+        import numpy as np
+
+        counts = np.bincount(choice, minlength=len(self.candidates)) / max(len(choice), 1)
+        shares = {m: float(c) for m, c in zip(self.candidates, counts, strict=True) if c > 0}
+        costs = chosen(self._costs, choice)
+        known = costs[~np.isnan(costs)]
+        cost = float(known.mean()) if len(known) else float("nan")
+        return self.values(name, kind, chosen(self.scores, choice), cost, shares)
+
+    def values(
+        self,
+        name: str,
+        kind: str,
+        values: NDArray[np.float64],
+        cost_usd: float = float("nan"),
+        shares: dict[str, float] | None = None,
+    ) -> Line:
+        """The line of one score per prompt."""
+        import numpy as np
+
+        self._values[kind, name] = values
+        score = bootstrap_mean(values)
+        if kind != "model":
+            self._means[name] = score.mean
+        by_category, macro = {}, None
+        if self.prompts.categories is not None:
+            labels = np.array(self.prompts.categories)
+            for category in sorted(set(self.prompts.categories)):
+                by_category[category] = bootstrap_mean(values[labels == category])
+            macro = macro_mean(values, self.prompts.categories)
+        return Line(name, kind, score, by_category, macro, cost_usd, shares or {})
+
+    def compared(self, line: Line) -> Line:
+        """The line with its differences to random and best single."""
+        from dataclasses import replace
+
+        values = self._values[line.kind, line.name]
+        versus = {
+            other: paired_difference(values, self._values["baseline", other])
+            for other in ("best single", "random")
+            if other != line.name
+        }
+        closed = gap_closed(line.score.mean, self._means["best single"], self._means["oracle"])
+        return replace(line, versus=versus, gap_closed=closed)

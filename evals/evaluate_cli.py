@@ -1,0 +1,107 @@
+"""``collegium evaluate``: routers judged on an outcome table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from routers.base import Router, RouterError
+
+__all__ = ["evaluate_command"]
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("evaluate", short_help="Judge routers on an outcome table.")
+@click.argument("artefacts", nargs=-1, required=True, metavar="ARTEFACT ...")
+@click.option(
+    "--table",
+    "table_path",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Outcome table: a folder with prompts.parquet and outcomes.parquet.",
+)
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    help="Prompts to judge on: train, validation, test or all. All are used if the table has no "
+    "column 'split'.",
+)
+@click.option(
+    "--cost-quality",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="0 takes the cheapest, 1 the best quality.",
+)
+@click.option("--models", help="Choose among these models only: names with commas between them.")
+@click.option("--json", "json_file", type=FILE, help="Write the report as JSON; - for stdout.")
+@click.option("--quality", type=FILE, help="Write predictions: parquet prompt_id, model, quality.")
+@click.option("--decisions", type=FILE, help="Write decisions: parquet prompt_id, model.")
+@click.option("--html", "html_file", type=FILE, help="Write the report as one HTML page.")
+def evaluate_command(
+    artefacts: tuple[str, ...],
+    table_path: Path,
+    split: str,
+    cost_quality: float,
+    models: str | None,
+    json_file: Path | None,
+    quality: Path | None,
+    decisions: Path | None,
+    html_file: Path | None,
+) -> None:
+    """Judge routers on an outcome table, next to baselines and bounds.
+
+    Decisions are made from prompts alone, frozen and hashed before a score of the split is read.
+    With --quality and --decisions the table needs no outcomes.
+    """
+    from evals.evaluate import decide, judge, shared_pool
+    from evals.report import as_html, as_json, as_text, write_decisions, write_quality
+    from routers.outcomes import OutcomeTable
+
+    if len(artefacts) > 1 and (quality or decisions):
+        raise click.UsageError("--quality and --decisions take one ARTEFACT at a time")
+    try:
+        table = OutcomeTable.load(table_path)
+        routers = _load_all(artefacts)
+        wanted = [name.strip() for name in models.split(",")] if models else None
+        pool = shared_pool(routers, table, wanted)
+        made = [
+            decide(name, r, table, split=split, candidates=pool, cost_quality=cost_quality)
+            for name, r in routers.items()
+        ]
+        if quality:
+            write_quality(made[0], quality)
+        if decisions:
+            write_decisions(made[0], decisions)
+        for one in made:
+            click.echo(f"decisions sha256  {one.sha256}  {one.name}", err=True)
+        if not table.has_outcomes and (quality or decisions):
+            click.echo(f"{table_path} has no outcomes.parquet: nothing to score", err=True)
+            return
+        evaluation = judge(made, table, split=split)
+    except (RouterError, OSError) as exc:
+        raise click.UsageError(str(exc)) from exc
+    report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)
+    if html_file:
+        html_file.write_text(as_html(evaluation), encoding="utf-8")
+    if json_file and str(json_file) == "-":
+        click.echo(report)
+        return
+    if json_file:
+        json_file.write_text(report + "\n", encoding="utf-8")
+    click.echo(as_text(evaluation), nl=False)
+
+
+def _load_all(artefacts: tuple[str, ...]) -> dict[str, Router]:
+    """Routers by the name of their folder, with the whole path where two are called alike."""
+    from routers.registry import load_router
+
+    short = [Path(path).resolve().name for path in artefacts]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, artefacts)]
+    if len(set(names)) < len(names):
+        raise RouterError(f"the artefact {names[0]} is given twice")
+    return {name: load_router(path) for name, path in zip(names, artefacts, strict=True)}

@@ -1,0 +1,251 @@
+"""Evaluations as text, JSON, files and one HTML page. Computes nothing."""
+
+from __future__ import annotations
+
+import html
+import math
+from pathlib import Path
+from typing import Any
+
+from evals.evaluate import Decisions, Evaluation, Line
+from evals.metrics import Estimate
+from routers.base import RouterError
+
+__all__ = ["as_html", "as_json", "as_text", "write_decisions", "write_quality"]
+
+# Hand-checked in light and dark: bars by kind of line.
+COLOURS = {"router": "#2a6f97", "baseline": "#8a8f98", "bound": "#c9a227", "model": "#a5b8c4"}
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """A table for the terminal."""
+    head = ["", "n", "score", "95% interval", "macro", "vs best single", "vs random", "gap", "USD"]
+    rows = [head, *(_text_row(line) for line in evaluation.lines)]
+    lines = [
+        f"{evaluation.n_prompts} prompts of split {evaluation.split!r}, "
+        f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
+        "",
+        *_aligned(rows),
+    ]
+    categories = list(evaluation.lines[0].by_category)
+    if categories:
+        lines += ["", "Mean score by category", "", *_aligned(_category_rows(evaluation))]
+    shares = [line for line in evaluation.lines if line.kind == "router"]
+    lines += ["", "Share of prompts by chosen model"]
+    for line in shares:
+        parts = sorted(line.shares.items(), key=lambda item: -item[1])
+        lines.append(f"  {line.name}: " + ", ".join(f"{m} {share:.1%}" for m, share in parts))
+        lines.append(f"  {line.name}: {evaluation.fallbacks[line.name]} fallbacks")
+    lines += ["", f"table sha256      {evaluation.table_sha256}"]
+    for name, digest in evaluation.decisions.items():
+        lines.append(f"decisions sha256  {digest}  {name}")
+    lines += [f"note: {note}" for note in evaluation.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _text_row(line: Line) -> list[str]:
+    return [
+        f"{line.name}" + (" *" if line.kind == "bound" else ""),
+        str(line.score.n),
+        _number(line.score.mean),
+        f"{_number(line.score.low)}-{_number(line.score.high)}",
+        _number(line.macro.mean) if line.macro else "-",
+        _difference(line.versus.get("best single")),
+        _difference(line.versus.get("random")),
+        f"{line.gap_closed:+.0%}" if math.isfinite(line.gap_closed) else "-",
+        f"{line.cost_usd:.3g}" if math.isfinite(line.cost_usd) else "-",
+    ]
+
+
+def _category_rows(evaluation: Evaluation) -> list[list[str]]:
+    shown = [line for line in evaluation.lines if line.kind != "model"]
+    rows = [["", "n", *(line.name for line in shown)]]
+    for category, estimate in evaluation.lines[0].by_category.items():
+        cells = [_with_interval(line.by_category[category]) for line in shown]
+        rows.append([category, str(estimate.n), *cells])
+    return rows
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+def _with_interval(estimate: Estimate) -> str:
+    if not estimate.n:
+        return "-"
+    return f"{estimate.mean:.3f} ({estimate.low:.2f}-{estimate.high:.2f})"
+
+
+def _difference(estimate: Estimate | None) -> str:
+    if estimate is None or not estimate.n:
+        return "-"
+    return f"{estimate.mean:+.3f} ({estimate.low:+.3f} {estimate.high:+.3f})"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([row[0].ljust(len(first)), *others]).rstrip())
+    return lines
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation as JSON types; NaN becomes null."""
+    return {
+        "split": evaluation.split,
+        "n_prompts": evaluation.n_prompts,
+        "candidates": evaluation.candidates,
+        "cost_quality": evaluation.cost_quality,
+        "table_sha256": evaluation.table_sha256,
+        "decisions_sha256": evaluation.decisions,
+        "fallbacks": evaluation.fallbacks,
+        "lines": [_line_json(line) for line in evaluation.lines],
+        "notes": evaluation.notes,
+    }
+
+
+def _line_json(line: Line) -> dict[str, Any]:
+    return {
+        "name": line.name,
+        "kind": line.kind,
+        "score": _estimate_json(line.score),
+        "macro": _estimate_json(line.macro) if line.macro else None,
+        "by_category": {name: _estimate_json(e) for name, e in line.by_category.items()},
+        "versus": {name: _estimate_json(e) for name, e in line.versus.items()},
+        "gap_closed": _finite(line.gap_closed),
+        "cost_usd": _finite(line.cost_usd),
+        "shares": line.shares,
+    }
+
+
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "mean": _finite(estimate.mean),
+        "low": _finite(estimate.low),
+        "high": _finite(estimate.high),
+        "n": estimate.n,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def write_quality(decisions: Decisions, path: Path) -> None:
+    """Write parquet ``prompt_id, model, quality``, one row per prompt and candidate."""
+    n_prompts, n_candidates = decisions.quality.shape
+    _write_parquet(
+        {
+            "prompt_id": [p for p in decisions.prompts.ids for _ in range(n_candidates)],
+            "model": decisions.candidates * n_prompts,
+            "quality": decisions.quality.ravel(),
+        },
+        path,
+    )
+
+
+def write_decisions(decisions: Decisions, path: Path) -> None:
+    """Write parquet ``prompt_id, model``, one row per prompt."""
+    _write_parquet({"prompt_id": decisions.prompts.ids, "model": decisions.models}, path)
+
+
+def _write_parquet(columns: dict[str, Any], path: Path) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as exc:
+        raise RouterError(
+            "writing parquet needs pyarrow: pip install 'collegium[routers]'"
+        ) from exc
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def as_html(evaluation: Evaluation) -> str:
+    """One self-contained page: a picture, the tables, the hashes."""
+    title = f"{evaluation.n_prompts} prompts of split {evaluation.split!r}"
+    facts = [
+        f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
+        f"table sha256 {evaluation.table_sha256}",
+        *(f"decisions sha256 {d} ({name})" for name, d in evaluation.decisions.items()),
+        *(f"note: {note}" for note in evaluation.notes),
+    ]
+    head = ["", "n", "score", "95% interval", "macro", "vs best single", "vs random", "gap", "USD"]
+    parts = [
+        _PAGE_HEAD,
+        f"<h1>Collegium: {html.escape(title)}</h1>",
+        _bars(evaluation.lines),
+        '<p class="small">Whiskers are 95% bootstrap intervals. A star marks bounds that no '
+        "deployed router can reach; gap is the share of the way from best single to oracle.</p>",
+        _html_table([head, *(_text_row(line) for line in evaluation.lines)]),
+    ]
+    if evaluation.lines[0].by_category:
+        parts += ["<h2>By category</h2>", _html_table(_category_rows(evaluation))]
+    parts += [f'<p class="small">{html.escape(fact)}</p>' for fact in facts]
+    return "\n".join([*parts, "</body></html>"]) + "\n"
+
+
+_PAGE_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Collegium evaluation</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+  color: #1d2329; background: #fff }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
+  overflow-x: auto }
+td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: nowrap }
+td:first-child, th:first-child { text-align: left }
+svg { max-width: 100%; height: auto }
+.small { color: #59636e; font-size: 13px; overflow-wrap: anywhere }
+@media (prefers-color-scheme: dark) {
+  body { color: #e3e6ea; background: #15181c } td, th { border-color: #333 } svg text { fill: #e3e6ea }
+}
+</style></head><body>"""
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    def cells(row: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+
+    return "<table>" + cells(rows[0], "th") + "".join(cells(r, "td") for r in rows[1:]) + "</table>"
+
+
+def _bars(lines: list[Line]) -> str:
+    """Horizontal bars of mean scores from 0 to 1, with intervals."""
+    label, width, step = 260, 560, 24
+    height = step * len(lines) + 30
+    parts = [
+        f'<svg viewBox="0 0 {label + width + 70} {height}" width="{label + width + 70}" '
+        'role="img" aria-label="Mean scores with 95% intervals" font-size="13">'
+    ]
+    for tick in range(0, 11, 2):
+        x = label + width * tick / 10
+        parts.append(
+            f'<line x1="{x}" x2="{x}" y1="0" y2="{height - 22}" stroke="#8886"/>'
+            f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick / 10:.1f}</text>'
+        )
+    for number, line in enumerate(lines):
+        parts.append(_bar(line, label, width, step * number + 4))
+    return "".join([*parts, "</svg>"])
+
+
+def _bar(line: Line, left: int, width: int, top: int) -> str:
+    name = line.name if len(line.name) <= 34 else line.name[:33] + "…"
+    star = " *" if line.kind == "bound" else ""
+    text = f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{html.escape(name)}{star}</text>'
+    if not line.score.n:
+        return text
+    mean, low, high = (left + width * value for value in line.score[:3])
+    middle = top + 9
+    return (
+        f'{text}<rect x="{left}" y="{top + 2}" width="{mean - left:.1f}" height="14" '
+        f'fill="{COLOURS[line.kind]}"><title>{html.escape(line.name)}: '
+        f"{_with_interval(line.score)}</title></rect>"
+        f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} '
+        f'{middle - 4}v8" stroke="#000a" fill="none"/>'
+        f'<text x="{max(mean, high) + 6:.1f}" y="{top + 13}">{line.score.mean:.3f}</text>'
+    )

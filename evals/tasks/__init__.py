@@ -1,0 +1,8 @@
+"""The tasks that experts are measured on, by name."""
+
+from __future__ import annotations
+
+from evals.tasks.base import SPLITS, TABLE_SPLITS, Sample, Split, Task
+from evals.tasks.registry import get_task, task_names
+
+__all__ = ["SPLITS", "TABLE_SPLITS", "Sample", "Split", "Task", "get_task", "task_names"]

@@ -1,0 +1,48 @@
+"""What a request needs an expert to be able to do. Knows cards and requests only."""
+
+from __future__ import annotations
+
+from experts.base import AnyRequest
+from experts.errors import UnsupportedFeatureError
+from experts.types import Capability, ChatRequest, ExpertCard
+
+__all__ = ["check_features", "required_features"]
+
+_IMAGE_PARTS = frozenset({"image", "image_url", "input_image"})
+
+
+def required_features(request: AnyRequest) -> dict[Capability, str]:
+    """Capabilities the request needs, each with the field that asks for it."""
+    needed: dict[Capability, str] = {}
+    extra = request.model_extra
+    if extra and ("guided_choice" in extra or "choice" in (extra.get("structured_outputs") or ())):
+        needed["choice"] = "guided_choice" if "guided_choice" in extra else "structured_outputs"
+    if not isinstance(request, ChatRequest):
+        needed["completion"] = "prompt"
+        if request.logprobs is not None:
+            needed["logprobs"] = "logprobs"
+        return needed
+    needed["chat"] = "messages"
+    if request.tools and request.tool_choice != "none":
+        needed["tools"] = "tools"
+    if request.logprobs:
+        needed["logprobs"] = "logprobs"
+    if request.response_format is not None and request.response_format.type != "text":
+        needed["json_schema"] = "response_format"
+    for number, message in enumerate(request.messages):
+        if isinstance(message.content, list) and any(
+            part.type in _IMAGE_PARTS for part in message.content
+        ):
+            needed["images"] = f"messages.{number}.content"
+    return needed
+
+
+def check_features(card: ExpertCard, request: AnyRequest) -> None:
+    """Return if the card has all capabilities the request needs.
+
+    Raises:
+        UnsupportedFeatureError: It lacks one; ``param`` names the field.
+    """
+    for capability, param in required_features(request).items():
+        if capability not in card.capabilities:
+            raise UnsupportedFeatureError(card.name, capability, param)

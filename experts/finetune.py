@@ -1,0 +1,333 @@
+"""LoRA fine-tuning of a chat model on pairs of prompt and answer.
+
+Runs on a CPU or a GPU. An interrupted training goes on from its last checkpoint with the
+same result as an uninterrupted one. Knows nothing of tasks, routing or serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+from experts.checkpoints import load_checkpoint, move_into, save_checkpoint
+from experts.errors import ExpertConfigError
+from experts.finetune_data import TokenPair, pack, plan_batches, read_pairs, tokenize
+from experts.weights import model_revision, resolve_model
+
+__all__ = ["AdapterTrainingConfig", "TrainingManifest", "train_adapter"]
+
+_LIBRARIES = ("torch", "transformers", "peft", "safetensors")
+
+
+class AdapterTrainingConfig(BaseModel):
+    """What is trained on what, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    data: Path
+    """JSONL file of {"prompt", "answer"} objects."""
+    base: str = Field(min_length=1)
+    """The chat model to adapt, as in an expert's config: path, hub name or ``package:``."""
+    steps: int = Field(default=200, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pairs per step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate; adapters of rank 8 bear far more than full fine-tuning."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls from its peak to zero."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients longer than this are shortened to it."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA rank."""
+    alpha: float = Field(default=16, gt=0)
+    """LoRA scale; updates are multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Linear layers that get an adapter."""
+    max_tokens: int = Field(default=256, ge=2)
+    """Longer pairs are left out and counted in the manifest."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the frozen base and of the arithmetic; the adapter is trained in float32."""
+    seed: int = 0
+    """Seeds the adapter's start, the order of the data and dropout."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes a GPU if there is one."""
+
+
+class TrainingManifest(BaseModel):
+    """What ``training.json`` beside a trained adapter says about it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    base: str
+    """The base model as it was named."""
+    base_revision: str
+    """Hash of the base model's weights, or the hub's commit."""
+    data: str
+    """File name of the training data."""
+    data_sha256: str
+    """SHA-256 of the training data."""
+    pairs: int
+    """Pairs that were trained on."""
+    repeated_prompts: int
+    """Pairs left out because their prompt had occurred."""
+    too_long: int
+    """Pairs left out because of ``max_tokens``."""
+    hyperparameters: dict[str, Any]
+    """The rest of the configuration."""
+    fingerprint: str
+    """Hash of everything that decides the result; a second run with the same is not needed."""
+    final_loss: float
+    """Mean loss per answer token over the last steps."""
+    tokens: int
+    """Tokens read in this training."""
+    seconds: float
+    """Time spent in steps, resumed parts included."""
+    libraries: dict[str, str]
+    """Versions of the libraries that matter."""
+
+
+def train_adapter(
+    config: AdapterTrainingConfig,
+    out: Path,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainingManifest:
+    """Train a LoRA adapter and write it to a folder in PEFT's format.
+
+    The loss covers the answer and its end-of-turn token, not the prompt. Calling again with
+    the same configuration and folder resumes an interrupted training, or returns the manifest
+    of a finished one.
+
+    Args:
+        config: What is trained on what, and how.
+        out: Folder for the adapter, its manifest ``training.json`` and checkpoints.
+        on_step: Called with the number of finished steps and the loss after every step.
+
+    Raises:
+        ExpertConfigError: If the data or the base cannot be used, or the folder belongs to
+            another training.
+    """
+    pairs, repeated = read_pairs(config.data)
+    base = resolve_model(config.base)
+    data_sha256 = hashlib.sha256(config.data.read_bytes()).hexdigest()
+    base_revision = model_revision(base)
+    fingerprint = _fingerprint(config, data_sha256, base_revision)
+    finished = _finished(out, fingerprint)
+    if finished:
+        return finished
+    from transformers import AutoTokenizer
+
+    encoded = tokenize(pairs, AutoTokenizer.from_pretrained(base))
+    fitting = [pair for pair in encoded if pair.length <= config.max_tokens]
+    if not fitting:
+        raise ExpertConfigError(f"no pair has at most max_tokens={config.max_tokens} tokens")
+    training = _Training(config, fitting, base, out, fingerprint)
+    training.run(on_step)
+    manifest = TrainingManifest(
+        base=config.base,
+        base_revision=base_revision,
+        data=config.data.name,
+        data_sha256=data_sha256,
+        pairs=len(fitting),
+        repeated_prompts=repeated,
+        too_long=len(encoded) - len(fitting),
+        hyperparameters=config.model_dump(mode="json", exclude={"data", "base", "device"}),
+        fingerprint=fingerprint,
+        final_loss=round(training.recent_loss, 4),
+        tokens=training.tokens,
+        seconds=round(training.seconds, 1),
+        libraries={name: version(name) for name in _LIBRARIES},
+    )
+    training.save(manifest)
+    return manifest
+
+
+def _fingerprint(config: AdapterTrainingConfig, data_sha256: str, base_revision: str) -> str:
+    # How often checkpoints are written and where it runs do not decide what is learnt.
+    choices = config.model_dump(mode="json", exclude={"data", "base", "checkpoint_every", "device"})
+    facts = json.dumps([choices, data_sha256, base_revision], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _finished(out: Path, fingerprint: str) -> TrainingManifest | None:
+    try:
+        manifest = TrainingManifest.model_validate_json((out / "training.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ExpertConfigError(f"{out}/training.json is not a training manifest") from error
+    if manifest.fingerprint != fingerprint:
+        raise ExpertConfigError(
+            f"{out} holds an adapter of another training; choose another folder or delete it"
+        )
+    return manifest
+
+
+class _Training:
+    """The state of one training: model, optimiser, position, totals."""
+
+    def __init__(
+        self,
+        config: AdapterTrainingConfig,
+        pairs: Sequence[TokenPair],
+        base: Path | str,
+        out: Path,
+        fingerprint: str,
+    ) -> None:
+        import torch
+
+        self.config, self.pairs, self.out, self.fingerprint = config, pairs, out, fingerprint
+        self.step, self.tokens, self.seconds, self.recent_loss = 0, 0, 0.0, math.nan
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
+        self.model = _build_model(config, base).to(self.device)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.checkpoint = out / "checkpoint.safetensors"
+
+    def run(self, on_step: Callable[[int, float], None] | None) -> None:
+        """Go through all steps that are left."""
+        self._resume()
+        config = self.config
+        lengths = [pair.length for pair in self.pairs]
+        plan = plan_batches(lengths, config.batch_size, config.steps, config.seed)
+        with tqdm(total=config.steps, initial=self.step, unit="step", desc=self.out.name) as bar:
+            for batch in plan[self.step :]:
+                started, tokens = time.monotonic(), self.tokens
+                loss = self._train_step([self.pairs[index] for index in batch])
+                elapsed = time.monotonic() - started
+                self.seconds += elapsed
+                self.step += 1
+                first = math.isnan(self.recent_loss)
+                self.recent_loss = loss if first else 0.9 * self.recent_loss + 0.1 * loss
+                bar.set_postfix(
+                    loss=f"{self.recent_loss:.3f}",
+                    tokens_per_s=round((self.tokens - tokens) / elapsed),
+                )
+                bar.update()
+                if self.step % config.checkpoint_every == 0 and self.step < config.steps:
+                    self._save_checkpoint()
+                if on_step:
+                    on_step(self.step, loss)
+
+    def _train_step(self, pairs: Sequence[TokenPair]) -> float:
+        import torch
+
+        config = self.config
+        # Seeding each step makes dropout independent of where a training was resumed.
+        torch.manual_seed(config.seed + self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * _rate(self.step, config)
+        batch = pack(pairs)
+        half = config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            logits = self.model(
+                input_ids=batch.input_ids.to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+                attention_mask=batch.attention_mask.to(self.device),
+                logits_to_keep=batch.predicting.to(self.device),
+                use_cache=False,
+            ).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels.to(self.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens += batch.input_ids.numel()
+        return float(loss.detach())
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.checkpoint, self.fingerprint)
+        if state is None:
+            return
+        self.step, self.tokens = state.step, state.tokens
+        self.seconds, self.recent_loss = state.seconds, state.recent_loss
+        state.restore(self.parameters, self.optimizer)
+
+    def _save_checkpoint(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(
+            self.checkpoint, self.parameters, self.optimizer,
+            fingerprint=self.fingerprint, step=self.step, tokens=self.tokens,
+            seconds=self.seconds, recent_loss=self.recent_loss,
+        )  # fmt: skip
+
+    def save(self, manifest: TrainingManifest) -> None:
+        """Write the adapter and its manifest, then drop the checkpoint."""
+        import torch
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        weights = {
+            name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+            for name, tensor in get_peft_model_state_dict(
+                self.model, save_embedding_layers=False
+            ).items()
+        }
+        adapter_config = self.model.peft_config["default"]
+        # A path in the cache would mean nothing on another machine; the reference does.
+        adapter_config.base_model_name_or_path = self.config.base
+        adapter_config.inference_mode = True
+
+        def write(folder: Path) -> None:
+            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            adapter_config.save_pretrained(folder)
+            (folder / "training.json").write_text(manifest.model_dump_json(indent=2) + "\n")
+
+        move_into(self.out, write, last="training.json")
+        self.checkpoint.unlink(missing_ok=True)
+
+
+def _rate(step: int, config: AdapterTrainingConfig) -> float:
+    """Return the share of the peak learning rate at a step, in (0, 1]."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _build_model(config: AdapterTrainingConfig, base: Path | str) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, config.precision), attn_implementation="sdpa"
+    )
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        raise ExpertConfigError(f"cannot adapt {config.base}: {error}") from error
+    return adapted.train()

@@ -1,0 +1,70 @@
+"""From a request to token ids, through the model's chat template. Knows the tokenizer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experts.base import AnyRequest
+from experts.errors import InvalidRequestError, UnsupportedFeatureError
+from experts.types import ChatRequest, Message
+
+__all__ = ["PromptReader"]
+
+
+class PromptReader:
+    """Reads prompts for one expert.
+
+    Args:
+        expert: Its name, for error messages.
+        tokenizer: A Hugging Face tokenizer.
+    """
+
+    def __init__(self, expert: str, tokenizer: Any) -> None:
+        self._expert = expert
+        self._tokenizer = tokenizer
+
+    def read(self, request: AnyRequest) -> list[list[int]]:
+        """Token ids of each prompt of a request; chats have one."""
+        if isinstance(request, ChatRequest):
+            options = (request.model_extra or {}).get("chat_template_kwargs") or {}
+            return [self.chat(request.messages, **options)]
+        prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        ids = [list(self._tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        if not all(ids):
+            raise InvalidRequestError("prompt must not be empty", "prompt")
+        return ids
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins.
+
+        Args:
+            messages: The conversation.
+            options: Passed to the chat template.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise UnsupportedFeatureError(self._expert, "chat: its model has no chat template")
+        turns = [self._turn(number, message) for number, message in enumerate(messages)]
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False, **options
+            )
+        except (TemplateError, TypeError) as exc:
+            raise InvalidRequestError(
+                f"the chat template of expert {self._expert!r} refuses these messages: {exc}",
+                "messages",
+            ) from exc
+        return ids
+
+    def _turn(self, number: int, message: Message) -> dict[str, str]:
+        if isinstance(message.content, list):
+            other = next((part.type for part in message.content if part.type != "text"), None)
+            if other is not None:
+                raise UnsupportedFeatureError(
+                    self._expert, f"content of type {other}", f"messages.{number}.content"
+                )
+        # Templates know OpenAI's newer name for the system role no more than its models did.
+        role = "system" if message.role == "developer" else message.role
+        return {"role": role, "content": message.text}

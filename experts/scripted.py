@@ -1,0 +1,242 @@
+"""An expert that follows a script: for tests, demonstrations and load tests.
+
+Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
+answer costs a few microseconds per piece and never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator
+from functools import lru_cache
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+from experts.base import AnyRequest
+from experts.config import ScriptedExpertConfig, ScriptRule, cards_of
+from experts.errors import (
+    ContextLengthError,
+    ExpertAuthError,
+    ExpertError,
+    ExpertFailedError,
+    ExpertOverloadedError,
+    ExpertTimeoutError,
+    ExpertUnavailableError,
+    InvalidRequestError,
+    UnsupportedFeatureError,
+)
+from experts.features import check_features
+from experts.types import ChatRequest, Chunk, ExpertCard, Usage
+
+__all__ = ["ScriptedExpert"]
+
+_RECORDED_REQUESTS = 1000
+_WORD = re.compile(r"\s*\S+")
+# One constant for every word: plausible, and recognisable in tests.
+_LOGPROB = -0.25
+
+
+class _Script(NamedTuple):
+    """An answer cut into pieces: each its text and its words."""
+
+    pieces: tuple[tuple[str, tuple[str, ...]], ...]
+    finish_reason: str
+    words: int
+
+
+class ScriptedExpert:
+    """Answers by its config's rules.
+
+    Args:
+        config: What to answer.
+
+    Attributes:
+        requests: The latest requests it was asked, oldest first.
+        active: Answers being written.
+    """
+
+    def __init__(self, config: ScriptedExpertConfig) -> None:
+        self.requests: deque[AnyRequest] = deque(maxlen=_RECORDED_REQUESTS)
+        self.active = 0
+        self._config = config
+        self._card = cards_of(config)[0]
+        self._rules = [(re.compile(rule.match), rule) for rule in config.rules]
+        self._closed = False
+
+    @property
+    def card(self) -> ExpertCard:
+        """What is publicly known of this expert."""
+        return self._card
+
+    async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
+        """Answer a request piece by piece; see ``experts.base.Expert``."""
+        self.requests.append(request)
+        await self.check_health()
+        texts = _texts(request)
+        prompt_words = self._check(request)
+        rule = next(rule for pattern, rule in self._rules if pattern.search(texts[0]))
+        clock = _Clock(self._card.name, timeout_s)
+        self.active += 1
+        try:
+            await clock.sleep(rule.delay_s)
+            if rule.error is not None and rule.error_after_chunks == 0:
+                raise self._error(rule.error, timeout_s)
+            if rule.tool_call and isinstance(request, ChatRequest) and _wants_tools(request):
+                words = 0
+                for index in range(request.n):
+                    yield _tool_call(index, rule.tool_call)
+            else:
+                scripts = [self._script(rule, text, request) for text in texts]
+                words = request.n * sum(script.words for script in scripts)
+                async for chunk in self._play(scripts, rule, request, clock):
+                    yield chunk
+        finally:
+            self.active -= 1
+        yield Chunk(usage=Usage.of(prompt_words, words))
+
+    async def check_health(self) -> None:
+        """Return unless it is closed."""
+        if self._closed:
+            raise ExpertUnavailableError(self._card.name, "it is closed")
+
+    async def aclose(self) -> None:
+        """Take no more requests."""
+        self._closed = True
+
+    async def _play(
+        self, scripts: list[_Script], rule: ScriptRule, request: AnyRequest, clock: _Clock
+    ) -> AsyncGenerator[Chunk, None]:
+        answers = [script for script in scripts for _ in range(request.n)]
+        report = _logprobs_wanted(request)
+        for step, pieces in enumerate(zip_longest(*(answer.pieces for answer in answers))):
+            if step:
+                await clock.sleep(rule.chunk_delay_s)
+            if rule.error is not None and step == rule.error_after_chunks:
+                raise self._error(rule.error, clock.timeout_s)
+            for index, piece in enumerate(pieces):
+                if piece is None:
+                    continue
+                answer = answers[index]
+                finish_reason = answer.finish_reason if step == len(answer.pieces) - 1 else None
+                logprobs = _logprobs(request, piece[1]) if report else None
+                yield Chunk(index, piece[0], None, finish_reason, logprobs)
+
+    def _check(self, request: AnyRequest) -> int:
+        """Refuse what it cannot serve; return the number of words of the prompt."""
+        check_features(self._card, request)
+        if not isinstance(request, ChatRequest) and request.echo:
+            raise UnsupportedFeatureError(self._card.name, "echo")
+        if isinstance(request, ChatRequest):
+            words = sum(len(message.text.split()) for message in request.messages)
+        else:
+            words = sum(len(text.split()) for text in _texts(request))
+        limit = self._card.context_length
+        if limit is not None and words + (request.token_limit or 0) > limit:
+            raise ContextLengthError(self._card.name, words + (request.token_limit or 0), limit)
+        return words
+
+    def _script(self, rule: ScriptRule, text: str, request: AnyRequest) -> _Script:
+        answer = rule.answer.replace("{text}", text)
+        limit = request.token_limit or self._config.default_max_tokens
+        return _cut(answer, limit, request.stop_texts, rule.chunks)
+
+    def _error(self, kind: str, timeout_s: float) -> ExpertError:
+        name, reason = self._card.name, "its script says so"
+        errors: dict[str, ExpertError] = {
+            "unavailable": ExpertUnavailableError(name, reason),
+            "timeout": ExpertTimeoutError(name, timeout_s),
+            "overloaded": ExpertOverloadedError(name),
+            "failed": ExpertFailedError(name, reason),
+            "auth": ExpertAuthError(name),
+            "invalid": InvalidRequestError(reason, "messages"),
+        }
+        return errors[kind]
+
+
+class _Clock:
+    """Sleeps, but not beyond the deadline."""
+
+    def __init__(self, expert: str, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._expert = expert
+        self._deadline = time.monotonic() + timeout_s
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds <= 0 and self.timeout_s > 0:
+            return
+        left = self._deadline - time.monotonic()
+        await asyncio.sleep(max(0.0, min(seconds, left)))
+        if seconds >= left:
+            raise ExpertTimeoutError(self._expert, self.timeout_s)
+
+
+# The same answers come again and again in load tests, where cutting them would be the main cost.
+@lru_cache(maxsize=1024)
+def _cut(answer: str, limit: int, stop_texts: tuple[str, ...], chunks: int | None) -> _Script:
+    words = _WORD.findall(answer)
+    rest = answer[sum(map(len, words)) :]
+    finish_reason = "length" if len(words) > limit else "stop"
+    text = "".join(words[:limit]) + (rest if finish_reason == "stop" else "")
+    found = [at for stop in stop_texts if (at := text.find(stop)) >= 0]
+    if found:
+        text, finish_reason = text[: min(found)], "stop"
+    words = _WORD.findall(text)
+    count = chunks or max(1, len(words))
+    units = words if len(words) >= count else list(text)
+    pieces = []
+    for step in range(count):
+        part = units[step * len(units) // count : (step + 1) * len(units) // count]
+        own = words[step * len(words) // count : (step + 1) * len(words) // count]
+        pieces.append(("".join(part), tuple(own)))
+    if units is words:
+        # White space after the last word belongs to no word.
+        pieces[-1] = (pieces[-1][0] + text[sum(map(len, words)) :], pieces[-1][1])
+    return _Script(tuple(pieces), finish_reason, len(words))
+
+
+def _texts(request: AnyRequest) -> list[str]:
+    """The last user message, or the prompts."""
+    if not isinstance(request, ChatRequest):
+        return [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    spoken = (m.text for m in reversed(request.messages) if m.role == "user")
+    return [next(spoken, request.messages[-1].text)]
+
+
+def _wants_tools(request: ChatRequest) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def _tool_call(index: int, call: dict[str, Any]) -> Chunk:
+    delta = {
+        "index": 0,
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": call.get("arguments", "{}")},
+    }
+    return Chunk(index, tool_calls=[delta], finish_reason="tool_calls")
+
+
+def _logprobs_wanted(request: AnyRequest) -> bool:
+    return request.logprobs is not None and request.logprobs is not False
+
+
+def _logprobs(request: AnyRequest, words: tuple[str, ...]) -> dict[str, Any] | None:
+    if not words:
+        return None
+    if not isinstance(request, ChatRequest):
+        return {
+            "tokens": list(words),
+            "token_logprobs": [_LOGPROB] * len(words),
+            "top_logprobs": [{word: _LOGPROB} if request.logprobs else {} for word in words],
+            "text_offset": [0] * len(words),
+        }
+    entries = [{"token": w, "logprob": _LOGPROB, "bytes": list(w.encode())} for w in words]
+    return {
+        "content": [
+            {**entry, "top_logprobs": [entry] if request.top_logprobs else []} for entry in entries
+        ]
+    }

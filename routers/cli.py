@@ -1,0 +1,162 @@
+"""``collegium train METHOD``: one subcommand per registered method, made when it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from routers.base import RouterError
+from routers.registry import ROUTERS, get_router_class
+
+__all__ = ["train_command"]
+
+# Methods that train something else than a router, each with the command that does it.
+OTHER_METHODS = {"adapter": "experts.cli:train_adapter_command"}
+
+
+class _TrainGroup(click.Group):
+    """Lists methods without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*ROUTERS, *OTHER_METHODS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in OTHER_METHODS:
+            module, _, attribute = OTHER_METHODS[cmd_name].partition(":")
+            try:
+                command = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError):
+                return None
+            return command if isinstance(command, click.Command) else None
+        if cmd_name in ROUTERS or ":" in cmd_name:
+            return _router_command(cmd_name)
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            known = ", ".join(map(repr, self.list_commands(ctx)))
+            raise click.UsageError(
+                f'unknown method {name!r}; known: {known} (or give "module:Class")', ctx
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group("train", cls=_TrainGroup, short_help="Train a router or an adapter.")
+def train_command() -> None:
+    """Train METHOD: a router on an outcome table, or an adapter on a task."""
+
+
+def _router_command(method: str) -> click.Command:
+    @click.command(method, help=f"Train a router of method {method!r} on an outcome table.")
+    @click.option(
+        "--table",
+        "table_path",
+        required=True,
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Outcome table: a folder with prompts.parquet and outcomes.parquet.",
+    )
+    @click.option(
+        "--out",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="Artefact folder to write; an artefact already there is replaced.",
+    )
+    @click.option(
+        "--split",
+        default="train",
+        show_default=True,
+        help="Prompts to learn from: train, validation, test or all. All are used if the table "
+        "has no column 'split'.",
+    )
+    @click.option("--models", help="Learn these models only: names with commas between them.")
+    @click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A hyper-parameter of the method; may be given several times.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+    def train(
+        table_path: Path,
+        out: Path,
+        split: str,
+        models: str | None,
+        settings: tuple[str, ...],
+        as_json: bool,
+    ) -> None:
+        try:
+            with _progress_on_stderr():
+                _train(method, table_path, out, split, models, settings)
+        except RouterError as exc:
+            raise click.UsageError(str(exc)) from exc
+        _print_result(out, as_json)
+
+    return train
+
+
+def _train(
+    method: str,
+    table_path: Path,
+    out: Path,
+    split: str,
+    models: str | None,
+    settings: tuple[str, ...],
+) -> None:
+    from routers.outcomes import OutcomeTable
+    from routers.params import check_known_params, parse_settings
+
+    router_class = get_router_class(method)
+    params = parse_settings(settings)
+    check_known_params(router_class, params)
+    router = router_class(**params)
+    table = OutcomeTable.load(table_path)
+    if table.prompts.splits is None:
+        click.echo(f"{table_path} has no column 'split': learning from all prompts", err=True)
+    if models:
+        table = table.restricted_to([name.strip() for name in models.split(",")])
+    router.fit(table, split=split).save(out)
+
+
+@contextlib.contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    log = logging.getLogger("collegium.routers")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+def _print_result(out: Path, as_json: bool) -> None:
+    from routers.artefact import read_manifest
+
+    manifest = read_manifest(out)
+    if as_json:
+        click.echo(json.dumps(manifest.model_dump(), indent=1))
+        return
+    click.echo(f"wrote      {out}")
+    click.echo(f"method     {manifest.method}")
+    click.echo(f"models     {', '.join(manifest.models)}")
+    if manifest.categories is not None:
+        click.echo(f"categories {', '.join(manifest.categories)}")
+    for name, value in {**manifest.state, **manifest.metrics}.items():
+        if isinstance(value, int | float):
+            click.echo(f"{name:<32} {value:.4g}")

@@ -1,0 +1,57 @@
+"""Routers by name. A name is looked up when it is used, so listing them imports none.
+
+A router of your own is given as ``"module:Class"``, in a config or on the command line. An
+artefact's manifest can name registered routers only: reading a file never imports what it names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, cast
+
+from routers.artefact import read_manifest
+from routers.base import Router, RouterError
+
+__all__ = ["ROUTERS", "get_router_class", "load_router"]
+
+ROUTERS: dict[str, str] = {
+    "best_single": "routers.baselines:BestSingleRouter",
+    "coe": "routers.coe:CoERouter",
+    "random": "routers.baselines:RandomRouter",
+}
+
+
+def get_router_class(name: str) -> type[Any]:
+    """The class of a registered name, or of ``"module:Class"``.
+
+    Raises:
+        RouterError: Naming the known ones.
+    """
+    target = ROUTERS.get(name, name if ":" in name else "")
+    if not target:
+        raise _unknown(name, ' (or give "module:Class")')
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise RouterError(f"cannot import router {name!r}: {exc}") from exc
+    if not all(hasattr(found, part) for part in ("fit", "predict", "save", "load")):
+        raise RouterError(f"{name!r} is not a router: it needs fit, predict, save and load")
+    return cast(type[Any], found)
+
+
+def load_router(path: Path | str) -> Router:
+    """Load an artefact with the class of the method its manifest names.
+
+    Raises:
+        RouterError: The artefact is damaged, or its method is not registered.
+    """
+    manifest = read_manifest(path)
+    if manifest.method not in ROUTERS:
+        raise RouterError(f"artefact {path}: {_unknown(manifest.method)}")
+    return cast(Router, get_router_class(manifest.method).load(Path(path)))
+
+
+def _unknown(name: str, hint: str = "") -> RouterError:
+    return RouterError(f"unknown router {name!r}; known: {', '.join(map(repr, ROUTERS))}{hint}")

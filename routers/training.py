@@ -1,0 +1,94 @@
+"""What fitting needs and serving does not: score tables, bulk encoding, extra texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from routers.base import RouterError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from routers.encoders import Encoder
+
+__all__ = ["encode_all", "read_texts", "shrunken_means", "texts_facts"]
+
+log = logging.getLogger("collegium.routers")
+
+
+def shrunken_means(
+    scores: NDArray[np.float64], labels: NDArray[np.intp], n_categories: int, shrinkage: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Mean scores by category, shrunken towards each model's mean; the last row is that mean.
+
+    Args:
+        scores: Shape (n_prompts, n_models), NaN for missing cells.
+        labels: Category of each prompt; may go on with those of texts without scores.
+        n_categories: Number of categories.
+        shrinkage: Weight of the model's mean, in prompts.
+
+    Returns:
+        Shape (n_categories + 1, n_models), and which models have any score.
+    """
+    import numpy as np
+
+    present = ~np.isnan(scores)
+    filled = np.where(present, scores, 0.0)
+    kept: NDArray[np.bool_] = np.asarray(present.any(axis=0))
+    if not kept.any():
+        raise RouterError("the outcome table has no scores in this split")
+    means = filled.sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+    table = np.tile(means, (n_categories + 1, 1))
+    for label in range(n_categories):
+        rows = labels[: len(scores)] == label
+        count = present[rows].sum(axis=0)
+        weight = np.maximum(count + shrinkage, 1e-12)
+        shrunken = (filled[rows].sum(axis=0) + shrinkage * means) / weight
+        table[label] = np.where(count > 0, shrunken, means)
+    return table, kept
+
+
+def encode_all(encoder: Encoder, texts: Sequence[str], what: str) -> NDArray[np.float32]:
+    """Encode many texts, telling how far it is."""
+    import numpy as np
+
+    step = 500
+    parts = [np.empty((0, encoder.width), np.float32)]
+    for start in range(0, len(texts), step):
+        parts.append(encoder.encode(texts[start : start + step]))
+        log.info("encoded %d of %d %s texts", min(start + step, len(texts)), len(texts), what)
+    return np.concatenate(parts)
+
+
+def read_texts(path: str) -> list[str]:
+    """Texts of a JSON-lines file of objects with ``text``."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RouterError(f"general_texts: cannot read {path}: {exc}") from exc
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise RouterError(f"general_texts: {path}, line {number}: no object with a text 'text'")
+        texts.append(text)
+    return texts
+
+
+def texts_facts(path: str | None, texts: Sequence[str]) -> dict[str, Any]:
+    """Number and hash of extra texts, for the manifest."""
+    if path is None:
+        return {}
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return {"general_texts": len(texts), "general_texts_sha256": digest}
