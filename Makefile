@@ -32,8 +32,8 @@ build:  ## Make the wheel and try it in a clean environment
 	@scripts/build
 
 bench:  ## Measure what the service costs per request, beside LiteLLM
-	@scripts/setup test
-	@scripts/bench
+	@scripts/setup bench
+	@.venv/bin/python -m benchmarks.overhead --litellm .venv/litellm
 
 embedded:  ## Make the embedded experts and router anew
 	@scripts/setup test

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -25,6 +26,8 @@ from experts.types import Chunk, ExpertCard
 __all__ = ["HandleExpert"]
 
 HEALTH_TIMEOUT_S = 5.0
+# How long a dead deployment is given to come back before it is asked again.
+RECOVERY_TIMEOUT_S = 60.0
 
 
 class HandleExpert:
@@ -46,6 +49,7 @@ class HandleExpert:
         options = {"multiplexed_model_id": multiplexed_model_id} if multiplexed_model_id else {}
         self._stream = handle.options(method_name="stream", stream=True, **options)
         self._healthy = handle.options(method_name="healthy")
+        self._recovery: asyncio.Task[None] | None = None
 
     @property
     def card(self) -> ExpertCard:
@@ -57,6 +61,9 @@ class HandleExpert:
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; see ``experts.base.Expert``."""
         name = self._card.name
+        if self._recovery is not None and not self._recovery.done():
+            # Serve would hold the request until a new replica is up; another expert is faster.
+            raise ExpertUnavailableError(name, "its replica died and is being replaced")
         deadline = asyncio.get_running_loop().time() + timeout_s
         batches = self._stream.remote(name, request, timeout_s)
         finished = False
@@ -75,10 +82,23 @@ class HandleExpert:
         except TimeoutError:
             raise ExpertTimeoutError(name, timeout_s) from None
         except (RayError, RayServeException, ConnectionError) as error:
-            raise _translated(name, error) from error
+            translated = _translated(name, error)
+            if isinstance(translated, ExpertUnavailableError):
+                self._await_recovery()
+            raise translated from error
         finally:
             if not finished:
                 batches.cancel()
+
+    def _await_recovery(self) -> None:
+        if self._recovery is None or self._recovery.done():
+            self._recovery = asyncio.ensure_future(self._until_healthy())
+
+    async def _until_healthy(self) -> None:
+        # At once where another replica lives; else as soon as Serve has replaced the dead one.
+        with suppress(Exception):
+            async with asyncio.timeout(RECOVERY_TIMEOUT_S):
+                await self._healthy.remote(self._card.name)
 
     async def check_health(self) -> None:
         """Ask the engine whether it can answer now."""

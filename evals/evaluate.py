@@ -22,6 +22,7 @@ from evals.metrics import (
     paired_difference,
     random_scores,
 )
+from experts.types import ExpertCard
 from orchestrator.policies import UtilityPolicy, expected_cost_usd, relative_costs
 from routers.base import Query, Router, RouterError
 from routers.baselines import category_table_choice
@@ -76,7 +77,7 @@ class Line:
         score: Mean score.
         by_category: Mean score within each category.
         macro: Mean of the category means; none without categories.
-        cost_usd: Mean cost of a prompt in US dollars; NaN where unknown.
+        cost: Mean cost of a prompt, in the evaluation's ``cost_unit``; NaN where unknown.
         shares: Share of prompts each model got.
         versus: Paired differences, by the other line's name.
         gap_closed: Share of the way from best single to the oracle.
@@ -87,7 +88,7 @@ class Line:
     score: Estimate
     by_category: dict[str, Estimate] = field(default_factory=dict)
     macro: Estimate | None = None
-    cost_usd: float = float("nan")
+    cost: float = float("nan")
     shares: dict[str, float] = field(default_factory=dict)
     versus: dict[str, Estimate] = field(default_factory=dict)
     gap_closed: float = float("nan")
@@ -99,6 +100,8 @@ class Evaluation:
 
     Attributes:
         split: The split judged on.
+        cost_unit: What costs are: measured ``USD``, ``expected USD`` from prices and prompt
+            lengths where nothing was measured, or billions of ``active params`` without prices.
         table_sha256: Hash of the table's contents.
         decisions: Hash of each router's decisions, taken before any score was read.
         notes: What a reader must know to read the numbers right.
@@ -108,6 +111,7 @@ class Evaluation:
     n_prompts: int
     candidates: list[str]
     cost_quality: float
+    cost_unit: str
     table_sha256: str
     decisions: dict[str, str]
     fallbacks: dict[str, int]
@@ -168,8 +172,7 @@ def decide(
     cards = [table.card(model) for model in candidates]
     choice = np.empty(len(prompts), np.intp)
     for row, text in enumerate(prompts.texts):
-        tokens = len(text) // CHARACTERS_PER_TOKEN
-        costs = relative_costs(cards, [expected_cost_usd(card, tokens) for card in cards])
+        costs = relative_costs(cards, _expected_usd(cards, text))
         choice[row] = policy.choose(prediction.quality[row].tolist(), costs)[0]
     models = [candidates[int(j)] for j in choice]
     return Decisions(
@@ -201,7 +204,7 @@ def judge(decisions: Sequence[Decisions], table: OutcomeTable, *, split: str) ->
     first = decisions[0]
     candidates = first.candidates
     scores = table.scores(split, candidates)
-    costs = table.costs_usd(split, candidates)
+    costs, cost_unit = _costs(table, first.prompts, split, candidates)
     maker = _LineMaker(first.prompts, candidates, scores, costs)
     notes = _notes(table, scores)
     lines = [maker.chosen(d.name, "router", d.choice) for d in decisions]
@@ -212,12 +215,35 @@ def judge(decisions: Sequence[Decisions], table: OutcomeTable, *, split: str) ->
         n_prompts=len(first.prompts),
         candidates=candidates,
         cost_quality=first.cost_quality,
+        cost_unit=cost_unit,
         table_sha256=table.sha256,
         decisions={d.name: d.sha256 for d in decisions},
         fallbacks={d.name: d.fallbacks for d in decisions},
         lines=[maker.compared(line) for line in lines],
         notes=notes,
     )
+
+
+def _costs(
+    table: OutcomeTable, prompts: Prompts, split: str, candidates: Sequence[str]
+) -> tuple[NDArray[np.float64], str]:
+    """Cost of each cell, shape (n_prompts, n_candidates), and its unit."""
+    import numpy as np
+
+    costs = table.costs_usd(split, candidates)
+    if not np.isnan(costs).all():
+        return costs, "USD"
+    cards = [table.card(model) for model in candidates]
+    if any(card.input_usd_per_mtok or card.output_usd_per_mtok for card in cards):
+        rows = [_expected_usd(cards, text) for text in prompts.texts]
+        return np.array(rows), "expected USD"
+    sizes = [card.active_params_b or card.total_params_b or float("nan") for card in cards]
+    return np.tile(sizes, (len(prompts), 1)), "active params (B)"
+
+
+def _expected_usd(cards: Sequence[ExpertCard], text: str) -> list[float]:
+    tokens = len(text) // CHARACTERS_PER_TOKEN
+    return [expected_cost_usd(card, tokens) for card in cards]
 
 
 def _notes(table: OutcomeTable, scores: NDArray[np.float64]) -> list[str]:
@@ -294,7 +320,7 @@ class _LineMaker:
         name: str,
         kind: str,
         values: NDArray[np.float64],
-        cost_usd: float = float("nan"),
+        cost: float = float("nan"),
         shares: dict[str, float] | None = None,
     ) -> Line:
         """The line of one score per prompt."""
@@ -310,7 +336,7 @@ class _LineMaker:
             for category in sorted(set(self.prompts.categories)):
                 by_category[category] = bootstrap_mean(values[labels == category])
             macro = macro_mean(values, self.prompts.categories)
-        return Line(name, kind, score, by_category, macro, cost_usd, shares or {})
+        return Line(name, kind, score, by_category, macro, cost, shares or {})
 
     def compared(self, line: Line) -> Line:
         """The line with its differences to random and best single."""

@@ -101,7 +101,8 @@ def _load_all(artefacts: tuple[str, ...]) -> dict[str, Router]:
     from routers.registry import load_router
 
     short = [Path(path).resolve().name for path in artefacts]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, artefacts)]
+    both = zip(short, artefacts, strict=True)
+    names = [name if short.count(name) == 1 else path for name, path in both]
     if len(set(names)) < len(names):
         raise RouterError(f"the artefact {names[0]} is given twice")
     return {name: load_router(path) for name, path in zip(names, artefacts, strict=True)}

@@ -16,16 +16,21 @@ __all__ = ["as_html", "as_json", "as_text", "write_decisions", "write_quality"]
 # Hand-checked in light and dark: bars by kind of line.
 COLOURS = {"router": "#2a6f97", "baseline": "#8a8f98", "bound": "#c9a227", "model": "#a5b8c4"}
 
+MACRO = "mean of the category means"
+GAP = "share of the way from best single to oracle"
+BOUND = "no deployed router can reach it"
+
 
 def as_text(evaluation: Evaluation) -> str:
     """A table for the terminal."""
-    head = ["", "n", "score", "95% interval", "macro", "vs best single", "vs random", "gap", "USD"]
-    rows = [head, *(_text_row(line) for line in evaluation.lines)]
+    rows = [_head(evaluation), *(_text_row(line) for line in evaluation.lines)]
     lines = [
         f"{evaluation.n_prompts} prompts of split {evaluation.split!r}, "
         f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
         "",
         *_aligned(rows),
+        "",
+        f"macro: {MACRO}; gap: {GAP}; *: {BOUND}",
     ]
     categories = list(evaluation.lines[0].by_category)
     if categories:
@@ -43,6 +48,11 @@ def as_text(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _head(evaluation: Evaluation) -> list[str]:
+    columns = ["", "n", "score", "95% interval", "macro", "vs best single", "vs random", "gap"]
+    return [*columns, evaluation.cost_unit]
+
+
 def _text_row(line: Line) -> list[str]:
     return [
         f"{line.name}" + (" *" if line.kind == "bound" else ""),
@@ -53,7 +63,7 @@ def _text_row(line: Line) -> list[str]:
         _difference(line.versus.get("best single")),
         _difference(line.versus.get("random")),
         f"{line.gap_closed:+.0%}" if math.isfinite(line.gap_closed) else "-",
-        f"{line.cost_usd:.3g}" if math.isfinite(line.cost_usd) else "-",
+        f"{line.cost:.3g}" if math.isfinite(line.cost) else "-",
     ]
 
 
@@ -98,6 +108,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "n_prompts": evaluation.n_prompts,
         "candidates": evaluation.candidates,
         "cost_quality": evaluation.cost_quality,
+        "cost_unit": evaluation.cost_unit,
         "table_sha256": evaluation.table_sha256,
         "decisions_sha256": evaluation.decisions,
         "fallbacks": evaluation.fallbacks,
@@ -115,7 +126,7 @@ def _line_json(line: Line) -> dict[str, Any]:
         "by_category": {name: _estimate_json(e) for name, e in line.by_category.items()},
         "versus": {name: _estimate_json(e) for name, e in line.versus.items()},
         "gap_closed": _finite(line.gap_closed),
-        "cost_usd": _finite(line.cost_usd),
+        "cost": _finite(line.cost),
         "shares": line.shares,
     }
 
@@ -172,14 +183,13 @@ def as_html(evaluation: Evaluation) -> str:
         *(f"decisions sha256 {d} ({name})" for name, d in evaluation.decisions.items()),
         *(f"note: {note}" for note in evaluation.notes),
     ]
-    head = ["", "n", "score", "95% interval", "macro", "vs best single", "vs random", "gap", "USD"]
     parts = [
         _PAGE_HEAD,
         f"<h1>Collegium: {html.escape(title)}</h1>",
         _bars(evaluation.lines),
-        '<p class="small">Whiskers are 95% bootstrap intervals. A star marks bounds that no '
-        "deployed router can reach; gap is the share of the way from best single to oracle.</p>",
-        _html_table([head, *(_text_row(line) for line in evaluation.lines)]),
+        f'<p class="small">Whiskers: 95% bootstrap intervals; macro: {MACRO}; gap: {GAP}; '
+        f"*: {BOUND}.</p>",
+        _html_table([_head(evaluation), *(_text_row(line) for line in evaluation.lines)]),
     ]
     if evaluation.lines[0].by_category:
         parts += ["<h2>By category</h2>", _html_table(_category_rows(evaluation))]
@@ -202,7 +212,8 @@ td:first-child, th:first-child { text-align: left }
 svg { max-width: 100%; height: auto }
 .small { color: #59636e; font-size: 13px; overflow-wrap: anywhere }
 @media (prefers-color-scheme: dark) {
-  body { color: #e3e6ea; background: #15181c } td, th { border-color: #333 } svg text { fill: #e3e6ea }
+  body { color: #e3e6ea; background: #15181c } td, th { border-color: #333 }
+  svg text { fill: #e3e6ea }
 }
 </style></head><body>"""
 

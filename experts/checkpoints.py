@@ -114,4 +114,6 @@ def move_into(folder: Path, write: Callable[[Path], None], *, last: str) -> None
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
         write(Path(temporary))
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+            # safetensors makes files that only their owner can read.
+            file.chmod(0o644)
             os.replace(file, folder / file.name)

@@ -19,6 +19,7 @@ __all__ = [
     "OpenAIExpertConfig",
     "ScriptRule",
     "ScriptedExpertConfig",
+    "ScriptedToolCall",
     "TransformersExpertConfig",
     "VLLMExpertConfig",
     "cards_of",
@@ -154,6 +155,15 @@ class OpenAIExpertConfig(_ExpertBase):
     """Further HTTP headers of every request; not for secrets."""
 
 
+class ScriptedToolCall(_Strict):
+    """A call of a tool by a scripted expert."""
+
+    name: str = Field(min_length=1)
+    """The tool's name."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """What to call it with."""
+
+
 class ScriptRule(_Strict):
     """What a scripted expert does with requests whose text matches."""
 
@@ -171,8 +181,8 @@ class ScriptRule(_Strict):
     """Raise this error."""
     error_after_chunks: int = Field(default=0, ge=0)
     """Pieces to send before the error; 0 raises it before the first."""
-    tool_call: dict[str, Any] | None = None
-    """Call this tool, ``{name, arguments}``, if the request offers tools."""
+    tool_call: ScriptedToolCall | None = None
+    """Call this tool if the request offers tools."""
 
 
 class ScriptedExpertConfig(_ExpertBase):

@@ -44,6 +44,8 @@ _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 8.0
 # A single event may hold the log-probabilities of many tokens.
 _READ_BUFFER_BYTES = 1 << 20
+# Compressing servers hold small pieces of a stream back.
+_BASE_HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 # Fields that mean something else upstream; set anew in every request.
 _OURS = frozenset({"model", "stream", "stream_options"})
 
@@ -148,7 +150,7 @@ class OpenAIExpert:
         if self._session is None:
             self._session = self._aiohttp.ClientSession(
                 connector=self._aiohttp.TCPConnector(limit=self._config.max_connections),
-                headers={"content-type": "application/json", **self._headers},
+                headers={**_BASE_HEADERS, **self._headers},
                 cookie_jar=self._aiohttp.DummyCookieJar(),
                 read_bufsize=_READ_BUFFER_BYTES,
             )

@@ -7,6 +7,7 @@ answer costs a few microseconds per piece and never waits.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 import uuid
@@ -17,7 +18,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from experts.base import AnyRequest
-from experts.config import ScriptedExpertConfig, ScriptRule, cards_of
+from experts.config import ScriptedExpertConfig, ScriptedToolCall, ScriptRule, cards_of
 from experts.errors import (
     ContextLengthError,
     ExpertAuthError,
@@ -210,12 +211,12 @@ def _wants_tools(request: ChatRequest) -> bool:
     return bool(request.tools) and request.tool_choice != "none"
 
 
-def _tool_call(index: int, call: dict[str, Any]) -> Chunk:
+def _tool_call(index: int, call: ScriptedToolCall) -> Chunk:
     delta = {
         "index": 0,
         "id": f"call_{uuid.uuid4().hex[:24]}",
         "type": "function",
-        "function": {"name": call["name"], "arguments": call.get("arguments", "{}")},
+        "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
     }
     return Chunk(index, tool_calls=[delta], finish_reason="tool_calls")
 

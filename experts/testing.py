@@ -232,12 +232,13 @@ async def check_short_answer_does_not_wait_for_long_one(expert: Expert) -> None:
         return await collect(watched()), time.monotonic()
 
     task = asyncio.create_task(long_answer())
-    await asyncio.wait({task, asyncio.create_task(began.wait())}, return_when="FIRST_COMPLETED")
+    waiting = asyncio.create_task(began.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
     started = time.monotonic()
     await _ask(expert, "Hi", max_tokens=1)
     short_done = time.monotonic()
     long, long_done = await task
-    began.set()
+    waiting.cancel()
     if long.usage.completion_tokens < _CONCLUSIVE_TOKENS or long_done - started < _CONCLUSIVE_S:
         return
     assert short_done < long_done, "the short answer waited for the long one"
@@ -245,10 +246,13 @@ async def check_short_answer_does_not_wait_for_long_one(expert: Expert) -> None:
 
 async def check_abandoned_streams_free_the_expert(expert: Expert) -> None:
     """Streams closed after their first chunk hold no place: later requests are answered."""
-    for _ in range(_ABANDONED_STREAMS):
+
+    async def abandon() -> None:
         stream = _stream(expert, _LONG_PROMPT, max_tokens=_LONG_TOKENS)
         await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]  # async generators have it
+
+    await asyncio.gather(*(abandon() for _ in range(_ABANDONED_STREAMS)))
     answer = await _ask(expert)
     assert answer.choices[0].finish_reason
 
@@ -261,8 +265,8 @@ async def check_timeout_raises_timeout_error(expert: Expert) -> None:
     request = _chat(_LONG_PROMPT, max_tokens=_LONG_TOKENS)
     try:
         await collect(expert.stream(request, timeout_s=0.001))
-    except ExpertTimeoutError as error:
-        assert error.retryable
+    except ExpertTimeoutError:
+        pass
     except Exception as error:
         kind = "an expert error" if isinstance(error, ExpertError) else "no expert error at all"
         raise AssertionError(f"expected ExpertTimeoutError, got {error!r}, {kind}") from error

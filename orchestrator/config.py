@@ -148,7 +148,7 @@ class ServerConfig(_Strict):
     api_keys_env: EnvironmentName | None = None
     """Environment variable with the accepted API keys, separated by commas; none asks for none."""
     limits: LimitsConfig = LimitsConfig()
-    """What one ingress replica accepts."""
+    """How much one ingress replica accepts, and for how long."""
 
 
 class RayConfig(_Strict):
@@ -189,7 +189,7 @@ class CollegiumConfig(_Strict):
     routes: dict[RouteName, RouteConfig] = Field(default_factory=dict)
     """Names users can put in ``model``; ``auto`` is the one for requests without a model."""
     server: ServerConfig = ServerConfig()
-    """The HTTP side."""
+    """Address, keys and limits of the HTTP side."""
     ray: RayConfig = RayConfig()
     """How Ray Serve runs on a single machine."""
 

@@ -213,6 +213,11 @@ def _build_route(
             f"{', '.join(map(repr, unknown or cards))}; train it on them, "
             f"or list only known ones under the route's 'experts'"
         )
+    try:
+        # A broken router shows now, and what it loads on first use does not delay a request.
+        router.predict([Query("warm-up")], experts)
+    except RouterError as error:
+        raise ConfigError(f"route {name!r}: router {route.router!r}: {error}") from error
     strategy: Strategy = (
         FallbackStrategy(route.strategy.max_attempts)
         if isinstance(route.strategy, FallbackStrategyConfig)

@@ -118,6 +118,7 @@ class RandomRouter:
     def fit(self, table: OutcomeTable, *, split: str = "train") -> Self:
         """Take note of the models' names; reads no score."""
         check_number(self, "random_state", self.random_state, 0)
+        table.rows(split)
         self.models_ = table.models
         self._split = split
         return self

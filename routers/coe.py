@@ -63,7 +63,8 @@ class CoERouter:
     Robust fallback: where the calibrated probability is below a threshold, or the query is farther
     from every category's centroid than nearly all held-out prompts, the row of the category
     ``general`` is used, or that of all prompts if there is no such category. The threshold is the
-    one whose decisions score best on held-out prompts; of equal ones the highest.
+    one whose decisions score best on held-out prompts; of equally good ones the median, as far
+    from trusting everything as from trusting nothing.
 
     Trains in seconds besides encoding (3 to 30 ms a prompt). A prediction costs one encoding and
     about 0.05 ms. Models without a training score cannot be predicted for.
@@ -244,7 +245,8 @@ class CoERouter:
 
         sweep = {t: decided((confidence < t) | far) for t in THRESHOLDS} if self.fallback else {}
         best = max(sweep.values(), default=0.0)
-        threshold = max((t for t, mean in sweep.items() if mean >= best - 1e-12), default=0.0)
+        equal = [t for t, mean in sweep.items() if mean >= best - 1e-12]
+        threshold = equal[len(equal) // 2] if equal else 0.0
         known = held_out.labels >= 0
         correct = category[known] == held_out.labels[known]
         return threshold, {

@@ -32,6 +32,7 @@ train docstrings --set steps=110 --set batch_size=8 --set learning_rate=7e-4
 train maths --set steps=220 --set batch_size=8
 
 # 3. The outcome table: every expert on every prompt, greedily.
-collegium collect --tasks docstrings extract general intents maths --out "$work/table"
+collegium collect --config evals/data/embedded_pool.yaml \
+  --tasks docstrings extract general intents maths --out "$work/table"
 mkdir -p evals/data/embedded_table
 cp "$work"/table/{prompts.parquet,outcomes.parquet,models.json} evals/data/embedded_table/

@@ -64,7 +64,7 @@ class GeneralTask:
     """General knowledge; the answer must contain an expected one as whole words."""
 
     name = "general"
-    max_tokens = 40
+    max_tokens = 32
 
     def samples(self, split: Split) -> list[Sample]:
         """Return the samples of one split; alternatives in `answer` are divided by ``|``."""

@@ -106,6 +106,7 @@ class _Turn:
     decision: Decision | None = None
     status: int = CLIENT_LEFT_STATUS
     usage: Usage | None = None
+    ended: bool = False
 
     @property
     def model(self) -> str:
@@ -162,6 +163,9 @@ class Generation:
         return error_response(error, headers, turn.decision.id)
 
     def _end(self, turn: _Turn) -> None:
+        if turn.ended:
+            return
+        turn.ended = True
         self._admission.leave()
         self._telemetry.finished(turn.model, turn.context, turn.status, turn.usage)
 
@@ -210,6 +214,7 @@ class Generation:
         except BaseException:
             await feed.aclose()
             raise
+        # Where the task is cancelled before its first step, nothing inside it runs.
         feed.task.add_done_callback(lambda _: self._end(turn))
         return EventStream(feed, self._headers(http, decision, turn))
 
@@ -241,11 +246,13 @@ class Generation:
             turn.status = 200
         except Exception as error:
             shown = self._late(decision, turn) if isinstance(error, TimeoutError) else error
-            if shape is None:
-                raise shown from error
             turn.status = status_of(shown)
+            if shape is None:
+                raise shown from (None if shown is error else error)
             logger.error("stream broke off (%s)", decision.id, exc_info=error)
             yield event(encode(error_object(shown, decision.id)))
+        finally:
+            self._end(turn)
 
     def _late(self, decision: Decision, turn: _Turn) -> ExpertTimeoutError:
         name = (turn.context.path or decision.experts)[-1]

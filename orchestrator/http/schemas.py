@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from experts.types import Usage
 
 __all__ = [
+    "ChatChunk",
     "ChatCompletion",
     "ErrorBody",
     "HealthBody",
@@ -16,6 +17,7 @@ __all__ = [
     "ModelList",
     "ReadyBody",
     "RouteBody",
+    "TextChunk",
     "TextCompletion",
 ]
 
@@ -91,6 +93,57 @@ class TextCompletion(_Answer):
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
+
+
+class _Chunk(_Shape):
+    id: str
+    created: int
+    model: str
+    """The expert that answers."""
+    system_fingerprint: str
+    """Hash of the service's config."""
+    usage: Usage | None = None
+    """Token counts; only on the chunk after the last, which has no choices."""
+
+
+class ChatDelta(_Shape):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChunkChoice(_Shape):
+    """A piece of one of the ``n`` answers."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None
+    logprobs: dict[str, Any] | None
+
+
+class ChatChunk(_Chunk):
+    """An event of a streamed chat answer."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+class TextChunkChoice(_Shape):
+    """A piece of one of the answers."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: dict[str, Any] | None
+
+
+class TextChunk(_Chunk):
+    """An event of a streamed text completion."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChunkChoice]
 
 
 class ModelEntry(_Shape):

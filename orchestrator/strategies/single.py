@@ -17,7 +17,7 @@ async def stream_one(
     name: str, request: AnyRequest, experts: Mapping[str, Expert], context: RequestContext
 ) -> AsyncGenerator[Chunk, None]:
     """Stream one expert's answer within the request's deadline, noting it in the path."""
-    timeout_s = context.remaining_s
+    timeout_s = round(context.remaining_s, 3)  # whole milliseconds read better in errors
     if timeout_s <= 0:
         raise ExpertTimeoutError(name, 0.0)
     context.ask(name)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ class RepeatingExpert:
         self.suffix, self.errors = suffix, errors or []
         self.requests: list[ChatRequest] = []
 
-    async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncIterator[Chunk]:
+    async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         assert isinstance(request, ChatRequest)
         self.requests.append(request)
         if self.errors:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def config(base: Path, data: Path) -> AdapterTrainingConfig:
     )  # fmt: skip
 
 
-def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+def adapter_weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains the router of the embedded experts from the table in the tree, and judges it on its test
+# prompts. Needs two minutes; writes routers/embedded/coe.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+collegium train coe \
+  --table evals/data/embedded_table \
+  --out routers/embedded/coe \
+  --set general_texts=evals/tasks/data/general_texts.jsonl
+
+collegium evaluate routers/embedded/coe --table evals/data/embedded_table "$@"

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from experts.errors import ExpertUnavailableError
+from experts.types import collect
+from orchestrator.config import ConfigError, parse_config
+from orchestrator.core import Orchestrator, load_routers
+from orchestrator.decision import RequestContext
+from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from routers.base import Explanation, Prediction, Query, RouterError
+from tests.orchestrator.support import (
+    build,
+    chat_request,
+    config_content,
+    config_with_rules,
+    expert,
+    text_request,
+)
+
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.fixture
+def orchestrator():
+    return build(parse_config(config_content()))
+
+
+async def test_a_named_expert_bypasses_routing(orchestrator):
+    decision = await orchestrator.decide(chat_request(model="medium"))
+    assert decision.experts == ("medium",)
+    assert (decision.policy, decision.route, decision.router) == ("named", None, None)
+
+
+async def test_a_missing_model_is_auto(orchestrator):
+    decision = await orchestrator.decide(chat_request())
+    assert decision.route == "auto"
+    assert decision.experts == ("large", "medium", "small")
+
+
+async def test_routes_differ_by_their_policy(orchestrator):
+    decision = await orchestrator.decide(chat_request(model="auto-cheap"))
+    assert decision.experts == ("small", "medium", "large")
+    assert decision.cost_quality == 0
+
+
+async def test_a_request_may_bring_its_own_knob(orchestrator):
+    decision = await orchestrator.decide(chat_request(), cost_quality=0.0)
+    assert decision.experts[0] == "small"
+    assert decision.cost_quality == 0
+
+
+@pytest.mark.parametrize("knob", [-0.1, 1.1, float("nan")])
+async def test_a_knob_out_of_range_is_refused(orchestrator, knob):
+    with pytest.raises(BadRequestError, match="cost_quality must be from 0 to 1"):
+        await orchestrator.decide(chat_request(), cost_quality=knob)
+
+
+async def test_decisions_show_quality_cost_and_utility_of_every_candidate(orchestrator):
+    decision = await orchestrator.decide(chat_request("x" * 4000, max_tokens=1000))
+    best = decision.candidates[0]
+    assert best.expert == "large"
+    assert best.quality == pytest.approx(0.9)
+    assert best.cost_usd == pytest.approx((1000 * 5 + 1000 * 10) / 1e6)
+    assert best.utility == pytest.approx(0.9)
+
+
+async def test_unknown_models_are_named_with_the_known_ones(orchestrator):
+    with pytest.raises(UnknownModelError, match="unknown model 'gpt'; known: 'auto', 'auto-cheap'"):
+        await orchestrator.decide(chat_request(model="gpt"))
+
+
+async def test_experts_that_lack_a_capability_are_left_out():
+    content = config_content()
+    content["experts"][2]["capabilities"] = ["chat"]
+    decision = await build(parse_config(content)).decide(chat_request(tools=[TOOL]))
+    assert decision.experts == ("medium", "small")
+    assert decision.excluded == {"large": "lacks tools"}
+
+
+@pytest.mark.parametrize("model", ["auto", "small"])
+async def test_an_empty_pool_says_which_requirement_emptied_it(orchestrator, model):
+    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    request = chat_request(model=model, messages=[{"role": "user", "content": image}])
+    with pytest.raises(EmptyPoolError, match="small: lacks images"):
+        await orchestrator.decide(request)
+
+
+async def test_a_prompt_that_fits_no_context_says_so():
+    content = config_content()
+    for entry in content["experts"]:
+        entry["context_length"] = 16
+    with pytest.raises(EmptyPoolError, match="large: context of 16 tokens is too short"):
+        await build(parse_config(content)).decide(chat_request("word " * 100))
+
+
+@pytest.mark.parametrize("model", ["auto", "small"])
+@pytest.mark.parametrize("content", ["", "  \n", []])
+async def test_conversations_without_any_text_are_refused(orchestrator, model, content):
+    request = chat_request(model=model, messages=[{"role": "user", "content": content}])
+    with pytest.raises(BadRequestError) as caught:
+        await orchestrator.decide(request)
+    assert caught.value.param == "messages"
+
+
+async def test_empty_prompts_are_refused(orchestrator):
+    with pytest.raises(BadRequestError) as caught:
+        await orchestrator.decide(text_request(prompt=["a", ""]))
+    assert caught.value.param == "prompt"
+
+
+class LengthRouter:
+    """Long queries need the large expert; slow enough for requests to overlap."""
+
+    method = "length"
+    models = ("small", "medium", "large")
+
+    def predict(self, queries: Sequence[Query], candidates: Sequence[str]) -> Prediction:
+        if "broken" in queries[0].text:
+            raise RouterError("it is broken")
+        time.sleep(0.001)
+        rank = np.array([self.models.index(name) / 2 for name in candidates], dtype=np.float32)
+        want = np.array([min(len(query.text), 100) / 100 for query in queries], dtype=np.float32)
+        explanations = [Explanation(category=f"{len(query.text)}") for query in queries]
+        return Prediction(1 - np.abs(rank[None, :] - want[:, None]), explanations)
+
+
+@pytest.fixture
+def learned():
+    config = parse_config(config_content())
+    return Orchestrator(config, {}, {"table": LengthRouter()})
+
+
+async def test_a_decision_is_the_same_alone_and_among_many(learned):
+    requests = [chat_request("x" * (2 * size + 1)) for size in range(64)]
+    alone = [await learned.decide(request) for request in requests]
+    together = await asyncio.gather(*(learned.decide(request) for request in requests))
+    assert [d.candidates for d in alone] == [d.candidates for d in together]
+    assert [d.category for d in alone] == [d.category for d in together]
+    assert {d.experts[0] for d in alone} == {"small", "medium", "large"}
+
+
+async def test_the_routers_time_is_noted(learned):
+    context = RequestContext(deadline=time.monotonic() + 1)
+    await learned.decide(chat_request(), context=context)
+    assert 0.001 <= context.router_s < 1
+
+
+async def test_errors_of_a_router_are_raised(learned):
+    with pytest.raises(RouterError, match="it is broken"):
+        await learned.decide(chat_request("broken"))
+
+
+def test_a_route_with_experts_its_router_does_not_know_is_refused():
+    content = config_content(routers={"table": {"type": "static", "quality": {"small": 1}}})
+    content["routes"]["auto"]["experts"] = ["small", "large"]
+    with pytest.raises(ConfigError, match=r"'table' knows 'small', but not 'large'; train it"):
+        build(parse_config(content))
+
+
+def test_a_route_without_experts_takes_those_its_router_knows():
+    content = config_content(routers={"table": {"type": "static", "quality": {"small": 1}}})
+    assert build(parse_config(content)).routes["auto"].experts == ("small",)
+
+
+def test_a_missing_artefact_names_the_router(tmp_path):
+    content = config_content(routes={})
+    content["routers"] = {"knn": {"type": "artefact", "path": str(tmp_path / "nothing")}}
+    with pytest.raises(ConfigError, match=r"router 'knn': .*nothing"):
+        load_routers(parse_config(content))
+
+
+async def test_run_answers_as_decided(orchestrator):
+    request = chat_request()
+    context = RequestContext(deadline=time.monotonic() + 5)
+    decision = await orchestrator.decide(request)
+    completion = await collect(orchestrator.run(request, decision, context))
+    assert completion.text == "large says hello to you"
+    assert context.path == ["large"]
+
+
+async def test_named_experts_do_not_fall_back():
+    orchestrator = build(config_with_rules({"large": {"error": "unavailable"}}))
+    request = chat_request(model="large")
+    decision = await orchestrator.decide(request)
+    context = RequestContext(deadline=time.monotonic() + 5)
+    with pytest.raises(ExpertUnavailableError):
+        await collect(orchestrator.run(request, decision, context))
+
+
+async def test_health_tells_the_state_of_every_expert(orchestrator):
+    await expert(orchestrator, "medium").aclose()
+    states = await orchestrator.check_health()
+    assert [name for name, state in states.items() if state is None] == ["small", "large"]
+    assert isinstance(states["medium"], ExpertUnavailableError)
+
+
+async def test_closing_closes_every_expert(orchestrator):
+    await orchestrator.aclose()
+    assert all((await orchestrator.check_health()).values())

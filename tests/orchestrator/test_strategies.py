@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from experts.errors import ExpertOverloadedError, ExpertUnavailableError
+from orchestrator.strategies.base import Strategy
+from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.single import SingleStrategy
+from orchestrator.testing import StrategyCheck, StrategyRun, scripted, strategy_checks
+
+STRATEGIES: list[Strategy] = [SingleStrategy(), FallbackStrategy()]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("check", strategy_checks(), ids=lambda check: check.__name__)
+async def test_strategy_passes_the_battery(strategy: Strategy, check: StrategyCheck):
+    await check(strategy)
+
+
+async def test_single_never_asks_a_second_expert():
+    run = StrategyRun(SingleStrategy(), [scripted("a", error="unavailable"), scripted("b")])
+    assert isinstance(await run.error(), ExpertUnavailableError)
+    assert run.context.path == ["a"]
+
+
+@pytest.mark.parametrize("error", ["unavailable", "timeout", "overloaded", "failed"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_fallback_asks_the_next_after_a_retryable_error(error: str, stream: bool):
+    experts = [scripted("a", error=error), scripted("b", error=error), scripted("c")]
+    run = StrategyRun(FallbackStrategy(), experts, stream=stream)
+    assert (await run.answer()).text == "c"
+    assert run.context.path == ["a", "b", "c"]
+
+
+async def test_fallback_raises_the_last_error_after_its_attempts():
+    experts = [scripted("a", error="failed"), scripted("b", error="overloaded"), scripted("c")]
+    run = StrategyRun(FallbackStrategy(max_attempts=2), experts)
+    assert isinstance(await run.error(), ExpertOverloadedError)
+    assert run.context.path == ["a", "b"]
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 5])
+async def test_plain_answers_fall_back_up_to_their_end(pieces: int):
+    broken = scripted("a", answer="1 2 3 4 5 6", error="failed", error_after_chunks=pieces)
+    run = StrategyRun(FallbackStrategy(), [broken, scripted("b")], stream=False)
+    assert (await run.answer()).text == "b"
+    assert run.context.path == ["a", "b"]
+
+
+async def test_fallback_does_not_start_an_attempt_after_the_deadline():
+    experts = [scripted("a", delay_s=30), scripted("b")]
+    run = StrategyRun(FallbackStrategy(), experts, timeout_s=0.05)
+    assert "'a'" in str(await run.error())
+    assert not run.experts["b"].requests
+
+
+async def test_attempts_share_the_time_that_is_left():
+    experts = [scripted("a", delay_s=0.15, error="failed"), scripted("b", delay_s=0.15)]
+    run = StrategyRun(FallbackStrategy(), experts, timeout_s=0.25)
+    assert "'b'" in str(await run.error())

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from routers.base import Query, RouterError
+from routers.category_classifier import expected_calibration_error, fit_classifier
+from routers.coe import CoERouter
+from routers.outcomes import OutcomeTable, Prompts
+from routers.testing import MODELS, example_table
+from routers.training import shrunken_means
+
+
+def _fitted(**params):
+    return CoERouter(encoder="hashing", **params).fit(example_table())
+
+
+def _best(router, text):
+    return MODELS[int(router.predict([Query(text)], MODELS).quality[0].argmax())]
+
+
+def test_each_category_goes_to_its_expert():
+    router = _fitted()
+    assert _best(router, "garlic soup oven simmer") == "cook"
+    assert _best(router, "tenant appeal court judge clause") == "lawyer"
+    assert _best(router, "hello friend travel story") == "generalist"
+
+
+def test_explanation_names_category_and_probabilities():
+    [explanation] = _fitted().predict([Query("court judge lawyer trial")], MODELS).explanations
+    assert explanation.category == "law"
+    assert explanation.confidence == max(explanation.detail.values())
+    assert set(explanation.detail) == {"cooking", "general", "law"}
+    assert sum(explanation.detail.values()) == pytest.approx(1)
+    assert not explanation.fallback
+
+
+def test_strange_query_gets_the_general_row():
+    router = _fitted()
+    strange = router.predict([Query("zqx wvk jjj ooo")], MODELS)
+    assert strange.explanations[0].fallback or strange.explanations[0].category == "general"
+    general = router.quality_[router.categories.index("general")].astype(np.float32)
+    assert strange.quality[0].tobytes() == general.tobytes()
+
+
+def test_without_general_category_strange_queries_get_the_overall_means():
+    router = _fitted(general_category="elsewhere", distance_quantile=0.5)
+    quality = router.predict([Query("zqx wvk jjj ooo")], MODELS).quality[0]
+    means = np.nanmean(example_table().scores("train"), axis=0)
+    assert quality == pytest.approx(means)
+
+
+def test_fallback_can_be_turned_off():
+    prediction = _fitted(fallback=False).predict([Query("zqx wvk jjj ooo")], MODELS)
+    assert not prediction.explanations[0].fallback
+
+
+def test_soft_mixing_is_the_posterior_mean_of_the_rows():
+    router = _fitted(soft=True, fallback=False)
+    prediction = router.predict([Query("bake a contract")], MODELS)
+    posterior = np.array(list(prediction.explanations[0].detail.values()))
+    assert prediction.quality[0] == pytest.approx(posterior @ router.quality_[:-1], rel=1e-6)
+
+
+def test_general_texts_teach_the_classifier_what_is_general(tmp_path):
+    file = tmp_path / "general.jsonl"
+    texts = [f"unicorn rainbow number{i}" for i in range(20)]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n")
+    router = _fitted(general_texts=str(file))
+    [explanation] = router.predict([Query("a unicorn and a rainbow")], MODELS).explanations
+    assert explanation.category == "general"
+    assert router.metrics_["general_texts"] == 20
+
+
+def test_general_texts_make_a_category_where_the_table_has_none(tmp_path):
+    file = tmp_path / "general.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"unicorn {i} rainbow"}) for i in range(20)))
+    router = _fitted(general_texts=str(file), general_category="other")
+    quality = router.predict([Query("unicorn rainbow")], MODELS).quality[0]
+    assert quality == pytest.approx(np.nanmean(example_table().scores("train"), axis=0))
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"text": 3}', "no json", "{}"])
+def test_bad_general_texts_are_refused_with_their_line(tmp_path, line):
+    file = tmp_path / "general.jsonl"
+    file.write_text('{"text": "good"}\n' + line)
+    with pytest.raises(RouterError, match="line 2"):
+        _fitted(general_texts=str(file))
+
+
+def test_missing_general_texts_are_refused():
+    with pytest.raises(RouterError, match=r"cannot read nowhere\.jsonl"):
+        _fitted(general_texts="nowhere.jsonl")
+
+
+def test_table_without_categories_is_refused():
+    table = example_table()
+    prompts = Prompts(table.prompts.ids, table.prompts.texts, None, table.prompts.splits)
+    bare = OutcomeTable(prompts, models=MODELS, numbers={"score": table.scores("all")})
+    with pytest.raises(RouterError, match="needs a column 'category'"):
+        CoERouter(encoder="hashing").fit(bare)
+
+
+def test_without_validation_split_it_calibrates_by_cross_validation():
+    table = example_table()
+    splits = ["train" if s == "validation" else s for s in table.prompts.splits]
+    prompts = Prompts(table.prompts.ids, table.prompts.texts, table.prompts.categories, splits)
+    merged = OutcomeTable(prompts, models=MODELS, numbers={"score": table.scores("all")})
+    router = CoERouter(encoder="hashing").fit(merged)
+    assert router.metrics_["held_out_rows"] == 120
+    assert router.metrics_["held_out_accuracy"] > 0.9
+
+
+def test_one_category_is_enough():
+    table = example_table()
+    prompts = Prompts(table.prompts.ids, table.prompts.texts, ["law"] * 180, table.prompts.splits)
+    single = OutcomeTable(prompts, models=MODELS, numbers={"score": table.scores("all")})
+    router = CoERouter(encoder="hashing").fit(single)
+    [explanation] = router.predict([Query("bread")], MODELS).explanations
+    assert explanation.category == "law"
+    assert explanation.confidence == 1.0
+
+
+def test_two_categories_keep_their_names():
+    vectors = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]], np.float32)
+    model = fit_classifier(vectors, np.array([0, 0, 1, 1]), ["a", "b"], C=10.0)
+    assert model.probabilities(np.array([1, 0], np.float32)).argmax() == 0
+    assert model.probabilities(np.array([0, 1], np.float32)).argmax() == 1
+
+
+def test_threshold_is_the_median_of_the_best_on_validation():
+    router = _fitted()
+    sweep = {float(t): score for t, score in router.metrics_["score_by_threshold"].items()}
+    equal = sorted(t for t, score in sweep.items() if score == max(sweep.values()))
+    assert router.threshold_ == equal[len(equal) // 2]
+
+
+def test_threshold_does_not_look_at_test_scores():
+    table = example_table()
+    scores = table.scores("all")
+    scores[table.rows("test")] = 1 - scores[table.rows("test")]
+    flipped = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    router = CoERouter(encoder="hashing").fit(flipped)
+    assert router.metrics_ == _fitted().metrics_
+    assert np.array_equal(router.quality_, _fitted().quality_)
+
+
+def test_temperature_brings_confidence_near_accuracy():
+    table = example_table(per_split=300)
+    router = CoERouter(encoder="hashing", C=0.1).fit(table)
+    assert router.classifier_.temperature < 0.5
+    assert router.metrics_["held_out_ece"] < 0.05
+
+
+def test_expected_calibration_error_by_hand():
+    confidence = np.array([0.5, 0.5, 0.9, 0.9])
+    correct = np.array([True, False, True, False])
+    assert expected_calibration_error(confidence, correct, bins=2) == pytest.approx(0.2)
+
+
+def test_small_categories_shrink_towards_the_model_mean():
+    scores = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [np.nan, 1.0]])
+    table, kept = shrunken_means(scores, np.array([0, 1, 1, 1]), 3, 2.0)
+    mean = 1 / 3
+    assert kept.tolist() == [True, True]
+    assert table[0] == pytest.approx([(1 + 2 * mean) / 3, (0 + 2 * 0.5) / 3])
+    assert table[1] == pytest.approx([(0 + 2 * mean) / 4, (2 + 2 * 0.5) / 5])
+    assert table[2] == pytest.approx([mean, 0.5])
+    assert table[3] == pytest.approx([mean, 0.5])
+
+
+def test_model_without_training_scores_is_left_out():
+    table = example_table()
+    scores = table.scores("all")
+    scores[table.rows("train"), 1] = np.nan
+    part = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    router = CoERouter(encoder="hashing").fit(part)
+    assert router.models == ["cook", "lawyer"]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"C": 0}, "The 'C' parameter of CoERouter must be a number in the range (0, inf)"),
+        ({"C": "big"}, "Got 'big' instead."),
+        ({"shrinkage": -1}, "in the range [0, inf)"),
+        ({"distance_quantile": 1.5}, "in the range (0, 1]. Got 1.5 instead."),
+        ({"soft": 1}, "must be true or false. Got 1 instead."),
+        ({"general_category": ""}, "must be a non-empty text"),
+        ({"general_texts": 3}, "must be a non-empty text"),
+        ({"encoder": "minilm-int4"}, "unknown encoder 'minilm-int4'; known: 'minilm-int8'"),
+    ],
+)
+def test_wrong_hyper_parameters_are_refused(params, message):
+    with pytest.raises(RouterError) as caught:
+        CoERouter(**{"encoder": "hashing", **params}).fit(example_table())
+    assert message in str(caught.value)

