@@ -92,7 +92,10 @@ def bare_application(upstream_port: int) -> Any:
     from benchmarks.bare_serve import BareIngress, Forwarder
 
     forwarder = serve.deployment(
-        Forwarder, name="bare-forwarder", max_ongoing_requests=128, ray_actor_options={"num_cpus": 0}
+        Forwarder,
+        name="bare-forwarder",
+        max_ongoing_requests=128,
+        ray_actor_options={"num_cpus": 0},
     ).bind(f"http://127.0.0.1:{upstream_port}/v1/chat/completions")
     ingress = serve.deployment(
         serve.ingress()(BareIngress),

@@ -1,6 +1,6 @@
 """A scripted upstream: answers any chat request at once, or streams 50 chunks. Pure ASGI.
 
-    python -m benchmarks.upstream PORT
+python -m benchmarks.upstream PORT
 """
 
 from __future__ import annotations

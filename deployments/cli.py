@@ -91,7 +91,14 @@ def with_engine(config: CollegiumConfig, engine: str) -> CollegiumConfig:
     data = config.model_dump(mode="json", by_alias=True)
     for entry in data["experts"]:
         if entry["engine"] in ("vllm", "transformers") and entry["engine"] != engine:
-            for key in ("engine_kwargs", "llm_config", "device", "dtype", "max_batch_size", "threads"):
+            for key in (
+                "engine_kwargs",
+                "llm_config",
+                "device",
+                "dtype",
+                "max_batch_size",
+                "threads",
+            ):
                 entry.pop(key, None)
             entry["engine"] = engine
             entry["device"] = "cpu"
@@ -140,5 +147,3 @@ def doctor_command(file: str | None, as_json: bool) -> None:
             click.echo(f"{mark} {row['what']:<12} {row['found']}")
     if not all(row["ok"] for row in rows):
         sys.exit(1)
-
-

@@ -56,9 +56,7 @@ class HandleExpert:
         """What is publicly known of this expert."""
         return self._card
 
-    async def stream(
-        self, request: AnyRequest, *, timeout_s: float
-    ) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         """Stream the answer; see ``experts.base.Expert``."""
         name = self._card.name
         if self._recovery is not None and not self._recovery.done():
@@ -125,5 +123,3 @@ def _translated(expert: str, error: Exception) -> ExpertError:
     if isinstance(error, RayTaskError) and not isinstance(error, RayActorError):
         return ExpertFailedError(expert, f"{type(cause or error).__name__}: {cause or error}")
     return ExpertUnavailableError(expert, f"{type(error).__name__}: {error}")
-
-

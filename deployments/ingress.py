@@ -37,9 +37,7 @@ class Ingress:
         return create_app(self._orchestrator, api_keys=api_keys(self._config.server.api_keys_env))
 
 
-def _experts(
-    config: CollegiumConfig, handles: tuple[DeploymentHandle, ...]
-) -> dict[str, Expert]:
+def _experts(config: CollegiumConfig, handles: tuple[DeploymentHandle, ...]) -> dict[str, Expert]:
     experts: dict[str, Expert] = {}
     for entry, handle in zip(config.experts, handles, strict=True):
         for card in cards_of(entry):

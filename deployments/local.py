@@ -46,6 +46,8 @@ def environment(config: CollegiumConfig) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own ports are open to the network whatever one asks for; its token guards them.
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        # Ray lets its workers yield to every other process; here they are the service.
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),
         # Ray lets HAProxies on other machines notice for half a minute; here there are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(config.ray.ha_proxy)),
@@ -159,5 +161,3 @@ def _reason(application: Any) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line.partition(":")[0] and ": " in line]
     return (named or lines or ["the reason is in Ray's logs under /tmp/ray/session_latest"])[-1]
-
-

@@ -79,7 +79,11 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
         "engine_kwargs": {**engine_kwargs, **config.engine_kwargs},
         # Batches are made in deployments.batching, which does not hold back the first token.
         "experimental_configs": {"stream_batching_interval_ms": 0},
-        **({"callback_config": {"callback_class": _NO_DOWNLOAD}} if os.path.isdir(model_source) else {}),
+        **(
+            {"callback_config": {"callback_class": _NO_DOWNLOAD}}
+            if os.path.isdir(model_source)
+            else {}
+        ),
         "runtime_env": {"env_vars": vllm_environment(config)},
         **({"accelerator_config": {"kind": "cpu"}} if config.device == "cpu" else {}),
         **_remote_lora(config),
@@ -89,7 +93,9 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
         return LLMConfig(**fields)
     except ValueError as error:
         problem = " ".join(str(error).split())
-        raise ExpertConfigError(f"expert {config.name!r}: Ray refuses the config: {problem}") from error
+        raise ExpertConfigError(
+            f"expert {config.name!r}: Ray refuses the config: {problem}"
+        ) from error
 
 
 def _max_rank(adapter_paths: dict[str, str]) -> int:
@@ -156,7 +162,10 @@ class VLLMServer:
         for number, (name, path) in enumerate(self._adapters.items(), start=1):
             await self._server.engine.resolve_lora(
                 DiskMultiplexConfig(
-                    model_id=name, max_total_tokens=None, local_path=path, lora_assigned_int_id=number
+                    model_id=name,
+                    max_total_tokens=None,
+                    local_path=path,
+                    lora_assigned_int_id=number,
                 )
             )
 

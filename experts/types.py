@@ -25,10 +25,10 @@ from pydantic import (
 __all__ = [
     "Capability",
     "ChatRequest",
-    "Chunk",
-    "CompletionRequest",
-    "Completion",
     "Choice",
+    "Chunk",
+    "Completion",
+    "CompletionRequest",
     "ExpertCard",
     "FunctionCall",
     "GenerationRequest",

@@ -154,7 +154,9 @@ def _explanation(decision: Decision) -> list[str]:
     lines = [f"route {decision.route or '-'} · policy {decision.policy}"]
     if decision.category is not None:
         unsure = ", too low: general category used" if decision.fallback else ""
-        confidence = "" if decision.confidence is None else f" · confidence {decision.confidence:.3f}"
+        confidence = (
+            "" if decision.confidence is None else f" · confidence {decision.confidence:.3f}"
+        )
         lines.append(f"category {decision.category}{confidence}{unsure}")
     lines.append(f"{'expert':<24}{'quality':>9}{'cost in USD':>13}{'utility':>9}")
     for candidate in decision.candidates:

@@ -113,7 +113,7 @@ StrategyConfig = Annotated[
 
 
 class RouteConfig(_Strict):
-    """A name users can put in ``model``: router, policy, strategy, and the experts to choose from."""
+    """A name users can put in ``model``: router, policy, strategy, and whom to choose from."""
 
     description: str = ""
     """What it is for, in a sentence; shown in ``/v1/models``."""

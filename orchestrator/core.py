@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from experts.base import AnyRequest, Expert
@@ -162,7 +161,7 @@ class Orchestrator:
         cost = expected_cost_usd(self.cards[name], estimated_prompt_tokens(request))
         return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=cost),))
 
-    async def run(
+    def run(
         self, request: AnyRequest, decision: Decision, context: RequestContext
     ) -> AsyncGenerator[Chunk, None]:
         """Have the request answered as decided.
@@ -172,10 +171,7 @@ class Orchestrator:
         """
         route = self.routes.get(decision.route or "")
         strategy = route.strategy if route else self._single
-        stream = strategy.run(request, decision, self.experts, context)
-        async with aclosing(stream) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return strategy.run(request, decision, self.experts, context)
 
     async def check_health(self) -> dict[str, BaseException | None]:
         """The state of every expert: none if it can answer, else what is wrong."""

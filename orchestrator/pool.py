@@ -32,7 +32,7 @@ def prompt_text(request: AnyRequest) -> str:
 def has_content(request: AnyRequest) -> bool:
     """Whether there is anything to answer: some text that is not blank, or an image."""
     if isinstance(request, ChatRequest):
-        return any(m.text and not m.text.isspace() for m in request.messages) or _has_images(request)
+        return any(message.text.strip() for message in request.messages) or _has_images(request)
     # A text completion may well go on from a line break.
     return all([request.prompt] if isinstance(request.prompt, str) else request.prompt)
 

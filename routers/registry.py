@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from routers.artefact import read_manifest
-from routers.base import Router, RouterError
+from routers.base import RouterError, TrainableRouter
 
 __all__ = ["ROUTERS", "get_router_class", "load_router"]
 
@@ -22,7 +22,7 @@ ROUTERS: dict[str, str] = {
 }
 
 
-def get_router_class(name: str) -> type[Any]:
+def get_router_class(name: str) -> type[TrainableRouter]:
     """The class of a registered name, or of ``"module:Class"``.
 
     Raises:
@@ -38,10 +38,10 @@ def get_router_class(name: str) -> type[Any]:
         raise RouterError(f"cannot import router {name!r}: {exc}") from exc
     if not all(hasattr(found, part) for part in ("fit", "predict", "save", "load")):
         raise RouterError(f"{name!r} is not a router: it needs fit, predict, save and load")
-    return cast(type[Any], found)
+    return cast(type[TrainableRouter], found)
 
 
-def load_router(path: Path | str) -> Router:
+def load_router(path: Path | str) -> TrainableRouter:
     """Load an artefact with the class of the method its manifest names.
 
     Raises:
@@ -50,7 +50,7 @@ def load_router(path: Path | str) -> Router:
     manifest = read_manifest(path)
     if manifest.method not in ROUTERS:
         raise RouterError(f"artefact {path}: {_unknown(manifest.method)}")
-    return cast(Router, get_router_class(manifest.method).load(Path(path)))
+    return get_router_class(manifest.method).load(Path(path))
 
 
 def _unknown(name: str, hint: str = "") -> RouterError:

@@ -1,4 +1,4 @@
-"""Checks every router must pass, to run on your own router too.
+"""Checks every trainable router must pass, to run on your own router too.
 
 A check takes a function that makes an unfitted router. Use it with pytest::
 
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from routers.base import Prediction, Query, Router, RouterError
+from routers.base import Prediction, Query, RouterError, TrainableRouter
 from routers.outcomes import OutcomeTable, Prompts
 
 __all__ = ["Check", "MakeRouter", "example_table", "router_checks"]
 
-MakeRouter = Callable[[], Router]
+MakeRouter = Callable[[], TrainableRouter]
 Check = Callable[[MakeRouter, Path], None]
 
 WORDS = {
@@ -66,7 +66,7 @@ def _queries(n: int = 24, seed: int = 5) -> list[Query]:
     return [Query(text) for text in [*texts, "", "naïve 日本 \ud800", "x" * 30_000]]
 
 
-def _fitted(make: MakeRouter, seed: int = 0) -> Router:
+def _fitted(make: MakeRouter, seed: int = 0) -> TrainableRouter:
     return make().fit(example_table(seed=seed))
 
 

@@ -69,7 +69,8 @@ def encode_all(encoder: Encoder, texts: Sequence[str], what: str) -> NDArray[np.
 def read_texts(path: str) -> list[str]:
     """Texts of a JSON-lines file of objects with ``text``."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON texts may hold U+2028 and its like, which it takes for line ends.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise RouterError(f"general_texts: cannot read {path}: {exc}") from exc
     texts = []

@@ -21,23 +21,6 @@ _WORDINGS = {
         validation=("I forgot what the capital of {s} is called.",),
         test=("Where does the government of {s} sit, which city?", "Name {s}'s capital."),
     ),
-    "symbol": Wordings(
-        shared=(
-            "Which chemical element has the symbol {s}?",
-            "What element is {s} in the periodic table?",
-            "What does the chemical symbol {s} stand for?",
-        ),
-        validation=("In chemistry, {s} means which element?",),
-        test=("The periodic table says {s}. Which element is that?",),
-    ),
-    "opposite": Wordings(
-        shared=(
-            "What is the opposite of {s}?", "opposite of '{s}'?", "Give me an antonym of {s}.",
-            "Which word means the opposite of {s}?",
-        ),
-        validation=("If something is not {s} but the reverse, it is what?",),
-        test=("What's the contrary of the word {s}?",),
-    ),
     "continent": Wordings(
         shared=(
             "On which continent is {s}?", "What continent is {s} in?",

@@ -31,7 +31,7 @@ class SingleStrategy:
 
     name = "single"
 
-    async def run(
+    def run(
         self,
         request: AnyRequest,
         decision: Decision,
@@ -39,6 +39,4 @@ class SingleStrategy:
         context: RequestContext,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the first expert's answer."""
-        async with aclosing(stream_one(decision.experts[0], request, experts, context)) as stream:
-            async for chunk in stream:
-                yield chunk
+        return stream_one(decision.experts[0], request, experts, context)

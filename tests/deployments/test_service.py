@@ -39,7 +39,16 @@ CONFIG = {
         },
     ],
     "routers": {
-        "coe": {"type": "static", "quality": {"general": 0.9,"maths":0.5,"intents":0.1,"docstrings":0.1,"extract":0.1}},
+        "coe": {
+            "type": "static",
+            "quality": {
+                "general": 0.9,
+                "maths": 0.5,
+                "intents": 0.1,
+                "docstrings": 0.1,
+                "extract": 0.1,
+            },
+        },
         "fixed": {"type": "static", "quality": {"broken": 0.9, "general": 0.5, "maths": 0.4}},
     },
     "routes": {
@@ -118,7 +127,9 @@ def test_openai_client_lists_models_and_meets_errors(service: Service) -> None:
 def test_a_failing_expert_is_replaced_before_the_first_byte(service: Service) -> None:
     with service.client() as client:
         plain = client.post("/v1/chat/completions", json=_chat("hi", model="fallback"))
-        streamed = client.post("/v1/chat/completions", json=_chat("hi", model="fallback", stream=True))
+        streamed = client.post(
+            "/v1/chat/completions", json=_chat("hi", model="fallback", stream=True)
+        )
     assert plain.json()["model"] == "general"
     assert plain.headers["x-collegium-path"] == "broken>general"
     assert streamed.headers["x-collegium-path"] == "broken>general"

@@ -173,7 +173,7 @@ def test_decisions_follow_from_the_written_qualities(folders):
     quality, decisions = folders / "q.parquet", folders / "d.parquet"
     _run(folders / "coe", "--table", folders / "table", "--quality", quality,
          "--decisions", decisions)  # fmt: skip
-    best = {}
+    best: dict[str, tuple[str, float]] = {}
     for row in pq.read_table(quality).to_pylist():
         if row["quality"] > best.get(row["prompt_id"], ("", -1.0))[1]:
             best[row["prompt_id"]] = (row["model"], row["quality"])
@@ -247,7 +247,7 @@ def test_page_is_self_contained_and_escaped(fitted):
     prompts = Prompts(
         table.prompts.ids,
         table.prompts.texts,
-        [evil if name == "law" else name for name in table.prompts.categories],
+        [evil if name == "law" else name for name in table.prompts.categories or ()],
         table.prompts.splits,
     )
     evaluation = _judged(

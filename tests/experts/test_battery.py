@@ -37,7 +37,9 @@ async def test_scripted_expert(check):
 
 @pytest.mark.parametrize("check", CHECKS)
 async def test_scripted_expert_without_delays(check):
-    await check(_only(ScriptedExpertConfig(name="s", engine="scripted", capabilities={"chat"})))
+    await check(
+        _only(ScriptedExpertConfig(name="s", engine="scripted", capabilities=frozenset({"chat"})))
+    )
 
 
 @pytest.fixture(scope="module")

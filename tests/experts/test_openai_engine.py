@@ -7,7 +7,7 @@ import time
 import pytest
 
 from experts import errors
-from experts.config import OpenAIExpertConfig, ScriptRule
+from experts.config import OpenAIExpertConfig, ScriptedToolCall, ScriptRule
 from experts.openai_engine import OpenAIExpert
 from experts.types import ChatRequest, CompletionRequest, collect
 from tests.experts.upstream import serving
@@ -20,7 +20,7 @@ def upstream():
         ScriptRule(match="late", delay_s=1),
         ScriptRule(match="break", answer="a b c d", error="failed", error_after_chunks=2),
         ScriptRule(match="invalid", error="invalid"),
-        ScriptRule(match="tool", tool_call={"name": "f", "arguments": {"x": 1}}),
+        ScriptRule(match="tool", tool_call=ScriptedToolCall(name="f", arguments={"x": 1})),
         ScriptRule(answer="Answer to {text}"),
     )
     with serving(*rules) as server:

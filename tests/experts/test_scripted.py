@@ -6,7 +6,7 @@ import time
 import pytest
 
 from experts import errors
-from experts.config import ScriptedExpertConfig, ScriptRule
+from experts.config import ScriptedExpertConfig, ScriptedToolCall, ScriptRule
 from experts.scripted import ScriptedExpert
 from experts.types import ChatRequest, CompletionRequest, collect
 
@@ -69,7 +69,9 @@ async def test_logprobs_have_one_entry_per_word():
 
 
 async def test_tool_is_called_only_if_offered():
-    expert = _expert(ScriptRule(tool_call={"name": "f", "arguments": {}}, answer="no tools"))
+    expert = _expert(
+        ScriptRule(tool_call=ScriptedToolCall(name="f", arguments={"x": 1}), answer="no tools")
+    )
     tools = [{"type": "function", "function": {"name": "f"}}]
     called = (await _ask(expert, _chat(tools=tools))).choices[0]
     assert called.finish_reason == "tool_calls"

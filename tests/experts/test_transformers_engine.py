@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def adapters(reference, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapters")
     torch.manual_seed(0)
-    model = None
+    model: Any = None
     for name, rank in (("red", 4), ("blue", 8)):
         config = LoraConfig(
             r=rank, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
@@ -116,7 +117,7 @@ async def _settle(engine):
 
 
 async def test_greedy_text_is_generates_alone_and_in_a_batch(reference, smol):
-    expected = [_generate(*reference, prompt) for prompt in PROMPTS]
+    expected = [_generate(reference[0], reference[1], prompt) for prompt in PROMPTS]
     alone = [(await _ask(smol, prompt)).text for prompt in PROMPTS]
     batched = await asyncio.gather(*(_ask(smol, prompt) for prompt in PROMPTS))
     assert alone == expected
@@ -125,7 +126,7 @@ async def test_greedy_text_is_generates_alone_and_in_a_batch(reference, smol):
 
 async def test_adapters_in_one_batch_answer_as_alone_and_as_peft(reference, adapters, engine):
     experts, prompt = engine.experts(), PROMPTS[0]
-    expected = {"smol": _generate(*reference, prompt)}
+    expected = {"smol": _generate(reference[0], reference[1], prompt)}
     for name in ("red", "blue"):
         adapters[1].set_adapter(name)
         expected[name] = _generate(reference[0], adapters[1], prompt)
@@ -159,7 +160,7 @@ async def test_n_choices_differ_and_repeat_with_their_seed(smol):
 
 async def test_long_prompt_is_read_in_pieces_like_in_one(reference, smol):
     prompt = "The quick brown fox jumps over the lazy dog. " * 54 + "What did the fox do?"
-    assert (await _ask(smol, prompt)).text == _generate(*reference, prompt)
+    assert (await _ask(smol, prompt)).text == _generate(reference[0], reference[1], prompt)
 
 
 async def test_json_schema_is_kept_to(smol):
@@ -225,6 +226,7 @@ async def test_completion_logprobs_have_openais_shape(smol):
     request = CompletionRequest(prompt="One, two,", max_tokens=4, temperature=0, logprobs=2)
     answer = await collect(smol.stream(request, timeout_s=100))
     logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
     assert "".join(logprobs["tokens"]) == answer.text
     assert [len(top) for top in logprobs["top_logprobs"]] == [2] * 4
     assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]

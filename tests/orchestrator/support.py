@@ -1,4 +1,4 @@
-"""What the tests of this package share: a config, an orchestrator over scripted experts, a server."""
+"""What the tests here share: a config, an orchestrator over scripted experts, a server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def config_content(**changes: Any) -> dict[str, Any]:
     return {**content, **changes}
 
 
-def config_with_rules(rules: Mapping[str, Mapping[str, Any]], **changes: Any) -> CollegiumConfig:
+def config_with_rules(rules: Mapping[str, Any], **changes: Any) -> CollegiumConfig:
     """The config with the one rule of some experts replaced."""
     content = config_content(**changes)
     for expert in content["experts"]:
@@ -80,7 +80,7 @@ def chat_request(text: str = "hello", **fields: Any) -> ChatRequest:
     return ChatRequest.model_validate({**chat_body(text), **fields})
 
 
-def text_request(prompt: str = "hello", **fields: Any) -> CompletionRequest:
+def text_request(prompt: str | list[str] = "hello", **fields: Any) -> CompletionRequest:
     """A text completion request."""
     return CompletionRequest.model_validate({"prompt": prompt, **fields})
 

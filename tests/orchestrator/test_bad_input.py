@@ -52,14 +52,15 @@ SHARED = [
     *wrong_values("user", 5, True, [], {}),
 ]
 
+WRONG_LISTS: list[list[Any]] = [[None], ["a"], [5], [[]]]
 CHAT_ONLY = [
     *wrong_values("messages", None, "hello", 5, {}, []),
-    *((f"messages={value}", {"messages": value}, "messages.0") for value in ([None], ["a"], [5], [[]])),
+    *((f"messages={items}", {"messages": items}, "messages.0") for items in WRONG_LISTS),
     *wrong_values("max_completion_tokens", 0, -1, 1.5, "5", True),
     *wrong_values("logprobs", "yes", 1, [], {}),
     *wrong_values("top_logprobs", -1, 21, 1.5, "1", True),
     *wrong_values("tools", [], {}, "weather", 5),
-    *((f"tools={value}", {"tools": value}, "tools.0") for value in ([None], ["a"], [5])),
+    *((f"tools={items}", {"tools": items}, "tools.0") for items in WRONG_LISTS),
     *wrong_values("tool_choice", "sometimes", "", 5, True, []),
     *wrong_values("response_format", 5, "json", []),
     ("response_format={}", {"response_format": {}}, "response_format.type"),
@@ -304,9 +305,9 @@ async def test_bodies_that_grow_beyond_the_limit_are_refused(service, path):
     assert sent <= 10 * LIMIT
 
 
-@pytest.mark.parametrize("path", ["/v1/models/nobody", "/v1/models/%ff%00", "/v1/models/" + "x" * 5000])
-async def test_unknown_models_cannot_be_shown(service, path):
-    response = await service.get(path)
+@pytest.mark.parametrize("name", ["nobody", "%ff%00", "x" * 5000])
+async def test_unknown_models_cannot_be_shown(service, name):
+    response = await service.get(f"/v1/models/{name}")
     assert response.status_code == 404
     assert ErrorBody.model_validate_json(response.content).error.param == "model"
 

@@ -118,7 +118,10 @@ class LengthRouter:
     """Long queries need the large expert; slow enough for requests to overlap."""
 
     method = "length"
-    models = ("small", "medium", "large")
+
+    @property
+    def models(self) -> list[str]:
+        return ["small", "medium", "large"]
 
     def predict(self, queries: Sequence[Query], candidates: Sequence[str]) -> Prediction:
         if "broken" in queries[0].text:

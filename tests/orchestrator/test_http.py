@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 
+import httpx
 import pytest
 
 from experts import errors as expert_errors
@@ -71,8 +72,8 @@ async def test_a_text_completion_has_openais_shape():
 
 async def test_a_stream_byte_for_byte():
     orchestrator = build(config_with_rules({"large": {"answer": 'Grüße, "du"'}}))
-    options = {"stream_options": {"include_usage": True}}
-    response = await client(orchestrator).post(CHAT, json=chat_body(stream=True, **options))
+    request = chat_body(stream=True, stream_options={"include_usage": True})
+    response = await client(orchestrator).post(CHAT, json=request)
     body = json.loads(response.text.partition("\n")[0].removeprefix("data: "))
     head = (
         f'data: {{"id":"{body["id"]}","object":"chat.completion.chunk",'
@@ -260,7 +261,8 @@ async def test_the_deadline_ends_a_request(stream):
     orchestrator = build(config_with_rules({"large": {"delay_s": 30}}, server=limits))
     response = await client(orchestrator).post(CHAT, json=chat_body(stream=stream))
     assert response.status_code == 504
-    assert response.json()["error"]["message"] == "expert 'large' did not answer within 0.1 s"
+    message = response.json()["error"]["message"]
+    assert re.fullmatch(r"expert 'large' did not answer within 0\.\d+ s", message)
     assert expert(orchestrator, "large").active == 0
 
 
@@ -340,14 +342,16 @@ async def test_every_way_to_end_gives_its_place_back():
 
 
 @pytest.mark.parametrize(
-    "authorization", [None, "", "key-1", "Basic key-1", "Bearer", "Bearer ", "Bearer nope", "Bearer ä"]
+    "authorization",
+    [None, "", "key-1", "Basic key-1", "Bearer", "Bearer ", "Bearer nope", "Bearer ä"],
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT, ROUTE, "/v1/models", "/v1/models/auto"])
 async def test_without_a_known_key_nothing_under_v1_answers(authorization, path):
-    http = client(create_app(build(parse_config(config_content())), api_keys=["key-1", "", "key-2"]))
-    headers = {} if authorization is None else {"authorization": authorization.encode()}
+    app = create_app(build(parse_config(config_content())), api_keys=["key-1", "", "key-2"])
+    sent = {} if authorization is None else {"authorization": authorization}
+    headers = httpx.Headers(sent, encoding="utf-8")
     method = "GET" if "models" in path else "POST"
-    response = await http.request(method, path, headers=headers)
+    response = await client(app).request(method, path, headers=headers)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.json()["error"]["code"] == "invalid_api_key"
@@ -356,7 +360,7 @@ async def test_without_a_known_key_nothing_under_v1_answers(authorization, path)
 @pytest.mark.parametrize("key", ["key-1", "schlüssel"])
 async def test_every_known_key_is_accepted(key):
     app = create_app(build(parse_config(config_content())), api_keys=["key-1", "schlüssel"])
-    headers = {"authorization": f"Bearer {key}".encode()}
+    headers = httpx.Headers({"authorization": f"Bearer {key}"}, encoding="utf-8")
     assert (await client(app).post(CHAT, json=chat_body(), headers=headers)).status_code == 200
 
 

@@ -66,8 +66,10 @@ def test_soft_mixing_is_the_posterior_mean_of_the_rows():
 
 def test_general_texts_teach_the_classifier_what_is_general(tmp_path):
     file = tmp_path / "general.jsonl"
-    texts = [f"unicorn rainbow number{i}" for i in range(20)]
-    file.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n\n")
+    texts = [f"unicorn\u2028 rainbow number{i}" for i in range(20)]
+    file.write_text(
+        "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n\n"
+    )
     router = _fitted(general_texts=str(file))
     [explanation] = router.predict([Query("a unicorn and a rainbow")], MODELS).explanations
     assert explanation.category == "general"
@@ -105,7 +107,7 @@ def test_table_without_categories_is_refused():
 
 def test_without_validation_split_it_calibrates_by_cross_validation():
     table = example_table()
-    splits = ["train" if s == "validation" else s for s in table.prompts.splits]
+    splits = ["train" if s == "validation" else s for s in table.prompts.splits or ()]
     prompts = Prompts(table.prompts.ids, table.prompts.texts, table.prompts.categories, splits)
     merged = OutcomeTable(prompts, models=MODELS, numbers={"score": table.scores("all")})
     router = CoERouter(encoder="hashing").fit(merged)

@@ -16,7 +16,7 @@ PROMPTS = {
     "category": ["x", "y", "x"],
     "split": ["train", "test", "test"],
 }
-OUTCOMES = {
+OUTCOMES: dict[str, list[object]] = {
     "prompt_id": ["a", "a", "b", "c"],
     "model": ["m", "n", "m", "n"],
     "score": [1.0, 0.5, 0.0, 0.25],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from routers.coe import CoERouter
@@ -9,10 +11,10 @@ from routers.registry import ROUTERS, get_router_class
 from routers.testing import router_checks
 
 MAKERS = {
-    **{name: lambda name=name: get_router_class(name)() for name in ROUTERS},
+    **{name: get_router_class(name) for name in ROUTERS},
     # Hashed words: the same code without a model, and so many times faster.
-    "coe": lambda: CoERouter(encoder="hashing"),
-    "coe, soft": lambda: CoERouter(encoder="hashing", soft=True, fallback=False, C=1.0),
+    "coe": partial(CoERouter, encoder="hashing"),
+    "coe, soft": partial(CoERouter, encoder="hashing", soft=True, fallback=False, C=1.0),
 }
 
 

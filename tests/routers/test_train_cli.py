@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from routers.cli import train_command
+from routers.coe import CoERouter
 from routers.params import parse_settings
 from routers.registry import ROUTERS, load_router
 from routers.testing import example_table
@@ -33,7 +34,9 @@ def test_train_writes_an_artefact_and_prints_where(table, tmp_path):
     assert "wrote" in result.stdout
     assert "held_out_accuracy" in result.stdout
     assert "encoded 60 of 60 training texts" in result.stderr
-    assert load_router(out).C == 2
+    router = load_router(out)
+    assert isinstance(router, CoERouter)
+    assert router.C == 2
 
 
 def test_json_prints_the_manifest(table, tmp_path):
