@@ -1,4 +1,4 @@
-"""The least a Ray Serve user would write to forward chat requests; what Collegium is held against."""
+"""The least a Ray Serve user would write to forward chat requests: what we are held against."""
 
 from __future__ import annotations
 

@@ -33,6 +33,9 @@ from orchestrator.config import CollegiumConfig, parse_config
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 CONCURRENCIES = (1, 8, 32)
+TABLE_HEAD = (
+    "| system | c | p50 ms | p99 ms | first chunk p50 ms | requests/s | added p50 ms | errors |"
+)
 EXPERTS = ("general", "maths", "intents", "docstrings", "extract")
 
 
@@ -210,8 +213,7 @@ def report(result: dict[str, Any]) -> str:
         "rounds. Upstream: answers at once, or streams 50 chunks. Compare rows, not absolutes.",
     ]
     for mode in ("plain", "stream"):
-        lines += ["", f"## {mode}", "", "| system | c | p50 ms | p99 ms | first chunk p50 ms | "
-                  "requests/s | added p50 ms | errors |", "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        lines += ["", f"## {mode}", "", TABLE_HEAD, "|---" + "|--:" * 7 + "|"]
         for concurrency in CONCURRENCIES:
             base = figures[f"upstream/{mode}/{concurrency}"]["p50_ms"]
             for name in systems:
@@ -241,7 +243,7 @@ def ratios(figures: dict[str, dict[str, float]], embedding: float) -> list[str]:
         if f"LiteLLM/plain/{concurrency}" in figures:
             other = added("LiteLLM", concurrency)
             lines[-1] += f", {ours / other:.2f} x LiteLLM's {other:.1f} ms (goal at c=8: 0.25)"
-        # While a core embeds one query the others wait, so each of `concurrency` pays for its share.
+        # While a core embeds one query the others wait: each of them pays for its share.
         cores = min(os.cpu_count() or 1, concurrency)
         allowed = bare + embedding * concurrency / cores
         lines[-1] += (
@@ -284,7 +286,7 @@ def main() -> None:
     figures, embedding = medians(rows), embedding_ms()
     result = {
         "command": "python -m benchmarks.overhead " + " ".join(sys.argv[1:]),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "rounds": arguments.rounds,
         "systems": list(systems),
         "figures": figures,

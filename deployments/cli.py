@@ -20,12 +20,21 @@ __all__ = ["doctor_command", "serve_command", "with_engine"]
               help="Config file; the embedded experts' by default.")  # fmt: skip
 @click.option("--host", help="Address to listen on, instead of the config's.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port, instead of the config's.")
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]),
-              help="Put local models on this engine, on the CPU, instead of the config's.")  # fmt: skip
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "transformers"]),
+    help="Put local models on this engine, on the CPU, instead of the config's.",
+)
 @click.option("--dashboard-port", type=click.IntRange(1, 65535),
               help="Port of Ray's dashboard, instead of the config's.")  # fmt: skip
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=900, show_default=True,
-              help="Seconds to wait for the experts to load.")  # fmt: skip
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=1),
+    default=900,
+    show_default=True,
+    help="Seconds to wait for the experts to load.",
+)
 def serve_command(
     file: str | None,
     host: str | None,

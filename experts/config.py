@@ -177,7 +177,9 @@ class ScriptRule(_Strict):
     """Seconds before the first piece."""
     chunk_delay_s: float = Field(default=0.0, ge=0)
     """Seconds between two pieces."""
-    error: Literal["unavailable", "timeout", "overloaded", "failed", "auth", "invalid"] | None = None
+    error: Literal["unavailable", "timeout", "overloaded", "failed", "auth", "invalid"] | None = (
+        None
+    )
     """Raise this error."""
     error_after_chunks: int = Field(default=0, ge=0)
     """Pieces to send before the error; 0 raises it before the first."""

@@ -17,6 +17,7 @@ All of them survive pickling, because they cross process borders between Serve r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-def _rebuild(cls: type[ExpertError], facts: dict[str, Any]) -> ExpertError:
+def _rebuild(cls: Callable[..., ExpertError], facts: dict[str, Any]) -> ExpertError:
     return cls(**facts)
 
 

@@ -1,4 +1,7 @@
-"""What comes from the environment: secrets, by the names the config gives. Nothing is read at import."""
+"""What comes from the environment: secrets, by the names the config gives.
+
+Nothing is read at import.
+"""
 
 from __future__ import annotations
 
