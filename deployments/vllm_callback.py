@@ -10,7 +10,7 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 __all__ = ["NoDownload"]
 
 
-class NoDownload(CallbackBase):  # type: ignore[misc]  # ray.llm is untyped
+class NoDownload(CallbackBase):
     """Skips Ray's download task, whose worker would keep half a gigabyte for nothing."""
 
     async def on_before_node_init(self) -> None:

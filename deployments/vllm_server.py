@@ -135,11 +135,13 @@ class VLLMServer:
         entry: The config entry as JSON-able data; names in it are resolved in this process.
     """
 
-    async def __init__(self, entry: dict[str, Any]) -> None:
+    # Ray Serve awaits constructors.
+    async def __init__(self, entry: dict[str, Any]) -> None:  # type: ignore[misc]
         self._config = VLLMExpertConfig.model_validate(entry)
         # The environment must stand before the first import of vLLM.
         os.environ.update(vllm_environment(self._config))
-        from experts.weights import resolve_model, resolve_path
+        from experts.paths import resolve_path
+        from experts.weights import resolve_model
 
         source = self._config.model
         self._source = source if is_remote(source) else str(resolve_model(source))

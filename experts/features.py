@@ -6,7 +6,7 @@ from experts.base import AnyRequest
 from experts.errors import UnsupportedFeatureError
 from experts.types import Capability, ChatRequest, ExpertCard
 
-__all__ = ["check_features", "required_features"]
+__all__ = ["check_features", "has_images", "required_features"]
 
 _IMAGE_PARTS = frozenset({"image", "image_url", "input_image"})
 
@@ -29,12 +29,19 @@ def required_features(request: AnyRequest) -> dict[Capability, str]:
         needed["logprobs"] = "logprobs"
     if request.response_format is not None and request.response_format.type != "text":
         needed["json_schema"] = "response_format"
-    for number, message in enumerate(request.messages):
-        if isinstance(message.content, list) and any(
-            part.type in _IMAGE_PARTS for part in message.content
-        ):
-            needed["images"] = f"messages.{number}.content"
+    if has_images(request):
+        needed["images"] = "messages"
     return needed
+
+
+def has_images(request: ChatRequest) -> bool:
+    """Whether any message carries an image."""
+    return any(
+        part.type in _IMAGE_PARTS
+        for message in request.messages
+        if isinstance(message.content, list)
+        for part in message.content
+    )
 
 
 def check_features(card: ExpertCard, request: AnyRequest) -> None:

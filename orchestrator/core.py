@@ -142,9 +142,7 @@ class Orchestrator:
             context.router_s = time.monotonic() - started
         return _decision(request, route, pool, excluded, prediction, cost_quality)
 
-    async def _predict(
-        self, router: Router, text: str, pool: Sequence[ExpertCard]
-    ) -> Prediction:
+    async def _predict(self, router: Router, text: str, pool: Sequence[ExpertCard]) -> Prediction:
         queries, candidates = [Query(text)], [card.name for card in pool]
         if isinstance(router, StaticRouter):
             # Looking numbers up takes less time than a hop to a thread.

@@ -1,14 +1,14 @@
 """What the orchestrator itself may refuse.
 
-    RequestError
-    ├── BadRequestError        a field is wrong
-    ├── AuthenticationError    no key, or a wrong one
-    ├── UnknownModelError      no expert or route has this name
-    ├── EmptyPoolError         no expert of the route can serve this request
-    ├── BodyTooLargeError
-    ├── BodyTimeoutError       the body did not arrive in time
-    ├── ContentTypeError
-    └── OverloadedError        too many requests in work
+RequestError
+├── BadRequestError        a field is wrong
+├── AuthenticationError    no key, or a wrong one
+├── UnknownModelError      no expert or route has this name
+├── EmptyPoolError         no expert of the route can serve this request
+├── BodyTooLargeError
+├── BodyTimeoutError       the body did not arrive in time
+├── ContentTypeError
+└── OverloadedError        too many requests in work
 """
 
 from __future__ import annotations

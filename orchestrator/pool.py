@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from experts.base import AnyRequest
-from experts.types import Capability, ChatRequest, ExpertCard
+from experts.features import has_images, required_features
+from experts.types import ChatRequest, ExpertCard
 
 __all__ = [
     "estimated_prompt_tokens",
     "has_content",
     "prompt_text",
-    "required_capabilities",
     "split_pool",
 ]
 
 # English text has about four characters per token; experts check the exact count themselves.
 CHARACTERS_PER_TOKEN = 4
-# Formats in which messages carry images.
-IMAGE_PARTS = {"image_url", "input_image", "image"}
 
 
 def prompt_text(request: AnyRequest) -> str:
@@ -32,7 +30,7 @@ def prompt_text(request: AnyRequest) -> str:
 def has_content(request: AnyRequest) -> bool:
     """Whether there is anything to answer: some text that is not blank, or an image."""
     if isinstance(request, ChatRequest):
-        return any(message.text.strip() for message in request.messages) or _has_images(request)
+        return any(message.text.strip() for message in request.messages) or has_images(request)
     # A text completion may well go on from a line break.
     return all([request.prompt] if isinstance(request.prompt, str) else request.prompt)
 
@@ -46,31 +44,6 @@ def estimated_prompt_tokens(request: AnyRequest) -> int:
     return characters // CHARACTERS_PER_TOKEN
 
 
-def required_capabilities(request: AnyRequest) -> set[Capability]:
-    """What an expert must be able to do to serve the request."""
-    if not isinstance(request, ChatRequest):
-        return {"completion", "logprobs"} if request.logprobs is not None else {"completion"}
-    needed: set[Capability] = {"chat"}
-    if request.tools:
-        needed.add("tools")
-    if request.response_format is not None and request.response_format.type != "text":
-        needed.add("json_schema")
-    if request.logprobs:
-        needed.add("logprobs")
-    if _has_images(request):
-        needed.add("images")
-    return needed
-
-
-def _has_images(request: ChatRequest) -> bool:
-    return any(
-        part.type in IMAGE_PARTS
-        for message in request.messages
-        if isinstance(message.content, list)
-        for part in message.content
-    )
-
-
 def split_pool(
     request: AnyRequest, cards: Iterable[ExpertCard]
 ) -> tuple[list[ExpertCard], dict[str, str]]:
@@ -79,7 +52,7 @@ def split_pool(
     Returns:
         The able ones in their order, and the others' names, each with the reason.
     """
-    needed = required_capabilities(request)
+    needed = required_features(request).keys()
     prompt_tokens = estimated_prompt_tokens(request)
     able: list[ExpertCard] = []
     excluded: dict[str, str] = {}

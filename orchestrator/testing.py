@@ -97,7 +97,7 @@ async def check_nothing_follows_an_error_after_the_first_chunk(strategy: Strateg
 
 
 async def check_wrong_requests_are_refused_at_once(strategy: Strategy) -> None:
-    """An error that is not retryable would meet every expert."""
+    """A wrong request would meet every expert: the others are not asked."""
     run = StrategyRun(strategy, [scripted("first", error="invalid"), scripted("second")])
     assert isinstance(await run.error(), InvalidRequestError)
     assert not run.experts["second"].requests
@@ -117,9 +117,7 @@ async def check_deadline_is_shared(strategy: Strategy) -> None:
     """However many experts are asked, the request ends at its own deadline."""
     slow = [scripted(name, delay_s=30) for name in ("first", "second", "third")]
     started = time.monotonic()
-    assert isinstance(
-        await StrategyRun(strategy, slow, timeout_s=0.1).error(), ExpertTimeoutError
-    )
+    assert isinstance(await StrategyRun(strategy, slow, timeout_s=0.1).error(), ExpertTimeoutError)
     assert time.monotonic() - started < 1
 
 

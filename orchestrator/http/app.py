@@ -263,5 +263,3 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             components.pop(name, None)
         app.openapi_schema = schema
     return app.openapi_schema
-
-

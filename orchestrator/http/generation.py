@@ -192,9 +192,7 @@ class Generation:
         body = self._shape(request, turn).whole(completion)
         return JSONBytes(body, headers=self._headers(http, decision, turn))
 
-    async def _collected(
-        self, request: AnyRequest, decision: Decision, turn: _Turn
-    ) -> Completion:
+    async def _collected(self, request: AnyRequest, decision: Decision, turn: _Turn) -> Completion:
         try:
             async with (
                 asyncio.timeout(turn.context.remaining_s + GRACE_S),

@@ -7,7 +7,12 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from experts.base import AnyRequest, Expert
-from experts.errors import ExpertError
+from experts.errors import (
+    ContextLengthError,
+    ExpertError,
+    InvalidRequestError,
+    UnsupportedFeatureError,
+)
 from experts.types import Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.single import stream_one
@@ -20,10 +25,9 @@ logger = logging.getLogger("collegium.strategies")
 class FallbackStrategy:
     """Try experts in the decision's order until one answers.
 
-    A retryable error moves on to the next expert as long as nothing of the answer has left: up to
-    the first chunk of a stream, up to the end of a plain answer. Later errors are raised. An error
-    that is not retryable would meet every expert and is raised at once. All attempts share the
-    request's deadline.
+    An error moves on to the next expert as long as nothing of the answer has left: up to the first
+    chunk of a stream, up to the end of a plain answer. Later errors are raised, and so is at once
+    an error that every expert would meet. All attempts share the request's deadline.
 
     Args:
         max_attempts: Experts to try at most.
@@ -56,10 +60,16 @@ class FallbackStrategy:
                             held.append(chunk)
             except ExpertError as error:
                 last = attempt == len(attempts) or context.remaining_s <= 0
-                if begun or last or not error.retryable:
+                if begun or last or not _another_may_answer(error):
                     raise
                 logger.warning("expert %s failed, trying the next: %s", name, error)
             else:
                 for chunk in held:
                     yield chunk
                 return
+
+
+def _another_may_answer(error: ExpertError) -> bool:
+    """Whether the error is the expert's: its engine, key, setup, context or abilities."""
+    own_limits = (ContextLengthError, UnsupportedFeatureError)
+    return isinstance(error, own_limits) or not isinstance(error, InvalidRequestError)

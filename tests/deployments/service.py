@@ -88,12 +88,17 @@ def running(config: dict[str, Any] | None, folder: Path, *options: str) -> Itera
         _wait_until_ready(service)
         yield service
     finally:
+        family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         try:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+        _, left = psutil.wait_procs(family, timeout=20)
+        for child in left:
+            child.kill()
+        assert not left, f"Ctrl-C left processes behind: {[_command(child) for child in left]}"
 
 
 def _wait_until_ready(service: Service, timeout_s: float = 280) -> None:

@@ -19,17 +19,20 @@ async def _chunks(count, *, delay_s=0.0, error=None):
         raise error
 
 
+def _texts(batches):
+    return [item.text for batch in batches for item in batch]
+
+
 async def test_ready_chunks_share_a_batch():
     batches = [batch async for batch in in_batches(_chunks(50), "a")]
     assert len(batches) < 5
-    assert [chunk.text for batch in batches for chunk in batch] == [str(n) for n in range(50)]
+    assert _texts(batches) == [str(n) for n in range(50)]
 
 
 async def test_the_first_chunk_is_not_held_back():
     stream = in_batches(_chunks(5, delay_s=0.01), "a", interval_s=10)
-    assert [chunk.text for chunk in await anext(stream)] == ["0"]
-    rest = [chunk.text for batch in [b async for b in stream] for chunk in batch]
-    assert rest == ["1", "2", "3", "4"]
+    assert _texts([await anext(stream)]) == ["0"]
+    assert _texts([batch async for batch in stream]) == ["1", "2", "3", "4"]
 
 
 async def test_an_expert_error_is_the_last_item():

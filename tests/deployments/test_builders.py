@@ -9,7 +9,7 @@ import yaml
 
 from deployments.builders import PACKAGES, build, build_app, check_packages
 from deployments.cli import with_engine
-from experts.config import VLLMExpertConfig
+from experts.config import AdapterConfig, VLLMExpertConfig
 from orchestrator.config import BUILDER, load_config, parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "deployments" / "configs").glob("*.yaml"))
@@ -86,8 +86,8 @@ def test_cloud_adapters_are_left_to_ray_serve_llm():
     pytest.importorskip("vllm")
     from deployments.vllm_server import llm_config
 
-    adapters = [{"name": "sql", "path": "s3://bucket/adapters/sql"}]
-    entry = VLLMExpertConfig(name="base", engine="vllm", model="some/model", adapters=adapters)
+    adapter = AdapterConfig(name="sql", path="s3://bucket/adapters/sql")
+    entry = VLLMExpertConfig(name="base", engine="vllm", model="some/model", adapters=(adapter,))
     made = llm_config(entry, entry.model, {})
     assert made.lora_config.dynamic_lora_loading_path == "s3://bucket/adapters"
     assert made.engine_kwargs["enable_lora"] is True

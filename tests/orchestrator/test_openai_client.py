@@ -194,7 +194,8 @@ def send(address: str, path: str, **body) -> socket.socket:
     connection = socket.create_connection((url.host, url.port), timeout=5)
     connection.sendall(
         f"POST {path} HTTP/1.1\r\nhost: {url.host}\r\nauthorization: Bearer key\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n".encode() + text
+        f"content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n".encode()
+        + text
     )
     return connection
 

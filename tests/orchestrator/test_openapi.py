@@ -44,9 +44,7 @@ CHECKS = [
 
 
 @SCHEMA.parametrize()
-@settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_generated_requests_get_documented_answers(case):
     case.call_and_validate(checks=CHECKS)
 

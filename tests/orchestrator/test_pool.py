@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from experts.features import required_features
 from experts.types import ExpertCard
 from orchestrator.pool import (
     estimated_prompt_tokens,
     has_content,
     prompt_text,
-    required_capabilities,
     split_pool,
 )
 from tests.orchestrator.support import chat_request, text_request
@@ -61,12 +61,12 @@ def test_prompt_tokens_are_estimated_over_the_whole_conversation():
     ],
 )
 def test_chat_requests_say_what_they_need(fields, needed):
-    assert required_capabilities(chat_request(**fields)) == needed
+    assert required_features(chat_request(**fields)).keys() == needed
 
 
 def test_text_completions_say_what_they_need():
-    assert required_capabilities(text_request()) == {"completion"}
-    assert required_capabilities(text_request(logprobs=0)) == {"completion", "logprobs"}
+    assert required_features(text_request()).keys() == {"completion"}
+    assert required_features(text_request(logprobs=0)).keys() == {"completion", "logprobs"}
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ async def test_single_never_asks_a_second_expert():
     assert run.context.path == ["a"]
 
 
-@pytest.mark.parametrize("error", ["unavailable", "timeout", "overloaded", "failed"])
+@pytest.mark.parametrize("error", ["unavailable", "timeout", "overloaded", "failed", "auth"])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_fallback_asks_the_next_after_a_retryable_error(error: str, stream: bool):
+async def test_fallback_asks_the_next_after_an_experts_own_error(error: str, stream: bool):
     experts = [scripted("a", error=error), scripted("b", error=error), scripted("c")]
     run = StrategyRun(FallbackStrategy(), experts, stream=stream)
     assert (await run.answer()).text == "c"
