@@ -28,13 +28,11 @@ __all__ = ["train_adapter_command"]
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A hyper-parameter.")
 def train_adapter_command(data: Path, base: str, out: Path, settings: Sequence[str]) -> None:
-    r"""Fine-tune a LoRA adapter of a chat model and write it in PEFT's format.
+    """Fine-tune a LoRA adapter of a chat model and write it in PEFT's format.
 
-    \b
-    Hyper-parameters for --set, such as --set steps=300 --set learning_rate=5e-4:
-      steps, batch_size, learning_rate, schedule, warmup_steps, weight_decay,
-      max_grad_norm, rank, alpha, dropout, target_modules, max_tokens,
-      precision, seed, checkpoint_every, device
+    Keys for --set, as in --set steps=300 --set learning_rate=5e-4: steps, batch_size,
+    learning_rate, schedule, warmup_steps, weight_decay, max_grad_norm, rank, alpha, dropout,
+    target_modules, max_tokens, precision, seed, checkpoint_every, device.
     """
     from experts.errors import ExpertConfigError
 

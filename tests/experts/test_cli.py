@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from experts.cli import train_adapter_command
+from experts.finetune_config import AdapterTrainingConfig
 
 
 def run(folder: Path, *options: str, data: str = "") -> Result:
@@ -49,3 +50,9 @@ def test_missing_base_is_wrong_usage(tmp_path: Path) -> None:
 def test_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
     result = run(tmp_path, "--set", "learning_rate=5e-4", data="nonsense")
     assert "learning_rate" not in result.stderr
+
+
+def test_help_names_every_setting() -> None:
+    text = CliRunner().invoke(train_adapter_command, ["--help"]).stdout
+    settings = set(AdapterTrainingConfig.model_fields) - {"data", "base"}
+    assert all(name in text for name in settings)
