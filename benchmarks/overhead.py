@@ -65,8 +65,9 @@ def process(command: list[str], ready_url: str, **kwargs: Any) -> Iterator[None]
                     time.sleep(0.5)
             yield
         finally:
-            os.killpg(child.pid, signal.SIGTERM)
-            child.wait(timeout=60)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGTERM)
+                child.wait(timeout=60)
 
 
 def collegium_config(upstream_port: int, port: int, dashboard_port: int) -> CollegiumConfig:
@@ -131,7 +132,8 @@ def litellm(venv: Path, upstream_port: int) -> Iterator[str]:
         file.write_text(json.dumps(config))
         command = [str(venv / "bin" / "litellm"), "--config", str(file), "--port", str(port),
                    "--host", "127.0.0.1", "--telemetry", "False"]  # fmt: skip
-        env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+        env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR",
+               "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}  # fmt: skip
         with process(command, f"http://127.0.0.1:{port}/health/liveliness", env=env):
             yield f"http://127.0.0.1:{port}/v1/chat/completions"
 
