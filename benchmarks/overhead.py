@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import signal
 import socket
 import statistics
@@ -77,6 +78,7 @@ def collegium_config(upstream_port: int, port: int, dashboard_port: int) -> Coll
         {"name": name, "engine": "openai", "base_url": upstream, "model": "upstream"}
         for name in EXPERTS
     ]
+    entries.append({**entries[0], "name": "hop", "deployment": {"max_ongoing_requests": 128}})
     entries.append({"name": "scripted", "engine": "scripted"})
     return parse_config(
         {
@@ -143,6 +145,7 @@ def prompts(count: int) -> list[str]:
     from evals.tasks import get_task, task_names
 
     texts = [s.text for name in task_names() for s in get_task(name).samples("test")]
+    random.Random(0).shuffle(texts)
     return [f"{texts[i % len(texts)]} ({i})" for i in range(count)]
 
 
@@ -282,7 +285,8 @@ def main() -> None:
         systems["bare Ray Serve, one hop"] = (f"http://127.0.0.1:{port}/bare/chat", "upstream")
         systems["collegium, fixed expert"] = (ours, "general")
         systems["collegium, routed"] = (ours, "auto")
-        systems["collegium, expert in process"] = (ours, "scripted")
+        systems["collegium, fixed expert, one hop"] = (ours, "hop")
+        systems["collegium, fixed expert, one hop, no upstream"] = (ours, "scripted")
         counts = {1: arguments.requests // 4, 8: arguments.requests, 32: arguments.requests}
         rows = asyncio.run(run_rounds(systems, arguments.rounds, counts))
     figures, embedding = medians(rows), embedding_ms()

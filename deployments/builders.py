@@ -72,7 +72,9 @@ def build(config: CollegiumConfig) -> Application:
     return ingress.bind(config.model_dump(mode="json", by_alias=True), *engines)
 
 
-def _engine(entry: ExpertConfig) -> Application:
+def _engine(entry: ExpertConfig) -> Application | None:
+    if entry.deployment is None:
+        return None
     data = entry.model_dump(mode="json")
     options = _options(entry.deployment)
     name = f"expert-{entry.name}"

@@ -10,6 +10,7 @@ from deployments.handles import HandleExpert
 from deployments.vllm_server import is_remote
 from experts.base import Expert
 from experts.config import cards_of
+from experts.registry import open_experts
 from orchestrator.config import CollegiumConfig, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.http.app import create_app
@@ -23,10 +24,11 @@ class Ingress:
 
     Args:
         config: The whole config as JSON-able data.
-        handles: Handle of each config entry's deployment, in the order of ``config.experts``.
+        handles: Handle of each config entry's deployment, in the order of ``config.experts``; none
+            for entries whose experts live in the ingress itself.
     """
 
-    def __init__(self, config: dict[str, Any], *handles: DeploymentHandle) -> None:
+    def __init__(self, config: dict[str, Any], *handles: DeploymentHandle | None) -> None:
         self._config = parse_config(config)
         self._orchestrator = Orchestrator(
             self._config, _experts(self._config, handles), load_routers(self._config)
@@ -37,9 +39,14 @@ class Ingress:
         return create_app(self._orchestrator, api_keys=api_keys(self._config.server.api_keys_env))
 
 
-def _experts(config: CollegiumConfig, handles: tuple[DeploymentHandle, ...]) -> dict[str, Expert]:
+def _experts(
+    config: CollegiumConfig, handles: tuple[DeploymentHandle | None, ...]
+) -> dict[str, Expert]:
     experts: dict[str, Expert] = {}
     for entry, handle in zip(config.experts, handles, strict=True):
+        if handle is None:
+            experts |= open_experts(entry)
+            continue
         for card in cards_of(entry):
             remote = card.adapter is not None and is_remote(card.adapter)
             model_id = f"{entry.name}:{card.name}" if remote else None

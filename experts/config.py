@@ -92,8 +92,6 @@ class _ExpertBase(_Strict):
     """US dollars per million answer tokens."""
     default_max_tokens: int = Field(default=512, ge=1)
     """Longest answer in tokens when the request names none."""
-    deployment: DeploymentConfig = DeploymentConfig()
-    """How Ray Serve hosts its engine."""
 
 
 class VLLMExpertConfig(_ExpertBase):
@@ -101,6 +99,8 @@ class VLLMExpertConfig(_ExpertBase):
 
     engine: Literal["vllm"]
     """Which engine answers."""
+    deployment: DeploymentConfig = DeploymentConfig()
+    """How Ray Serve hosts its engine."""
     model: str = Field(min_length=1)
     """A path, a Hugging Face name, ``s3://`` or ``gs://``, or ``package:NAME/FILE``."""
     adapters: tuple[AdapterConfig, ...] = ()
@@ -120,6 +120,8 @@ class TransformersExpertConfig(_ExpertBase):
 
     engine: Literal["transformers"]
     """Which engine answers."""
+    deployment: DeploymentConfig = DeploymentConfig()
+    """How Ray Serve hosts its engine."""
     model: str = Field(min_length=1)
     """A path, a Hugging Face name, or ``package:NAME/FILE``."""
     adapters: tuple[AdapterConfig, ...] = ()
@@ -139,6 +141,9 @@ class OpenAIExpertConfig(_ExpertBase):
 
     engine: Literal["openai"]
     """Which engine answers."""
+    deployment: DeploymentConfig | None = None
+    """How Ray Serve hosts its client; none lets the ingress call the API itself, which saves a
+    hop between processes."""
     base_url: str = Field(pattern=r"^https?://")
     """Where the API lives, up to and including ``/v1``."""
     model: str = Field(min_length=1)
@@ -192,6 +197,8 @@ class ScriptedExpertConfig(_ExpertBase):
 
     engine: Literal["scripted"]
     """Which engine answers."""
+    deployment: DeploymentConfig = DeploymentConfig()
+    """How Ray Serve hosts its engine."""
     rules: tuple[ScriptRule, ...] = (ScriptRule(),)
     """What to answer; the first rule that matches acts."""
 
