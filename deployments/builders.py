@@ -20,6 +20,10 @@ __all__ = ["APPLICATION", "build_app", "check_packages"]
 APPLICATION = "collegium"
 PACKAGES = ("deployments", "evals", "experts", "orchestrator", "routers")
 
+# Requests are counted and decisions logged by the ingress; Serve's own line per request and hop
+# would say less and cost more.
+_LOGGING = {"enable_access_log": False}
+
 
 def check_packages() -> None:
     """Make sure that all five packages come from one installation.
@@ -61,6 +65,7 @@ def build(config: CollegiumConfig) -> Application:
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
+        logging_config=_LOGGING,
         max_ongoing_requests=config.server.limits.max_in_flight + 64,
         ray_actor_options={"num_cpus": 0},
         **(
@@ -100,6 +105,7 @@ def _options(deployment: DeploymentConfig) -> dict[str, Any]:
     if deployment.memory_gib:
         actor["memory"] = int(deployment.memory_gib * 2**30)
     return {
+        "logging_config": _LOGGING,
         "ray_actor_options": actor,
         "max_ongoing_requests": deployment.max_ongoing_requests,
         "max_queued_requests": deployment.max_queued_requests,

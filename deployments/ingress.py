@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -30,6 +31,7 @@ class Ingress:
 
     def __init__(self, config: dict[str, Any], *handles: DeploymentHandle | None) -> None:
         self._config = parse_config(config)
+        _log_to_stderr(self._config.server.log_level)
         self._orchestrator = Orchestrator(
             self._config, _experts(self._config, handles), load_routers(self._config)
         )
@@ -37,6 +39,17 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve once per replica."""
         return create_app(self._orchestrator, api_keys=api_keys(self._config.server.api_keys_env))
+
+
+def _log_to_stderr(level: str) -> None:
+    """Write our log where Ray collects it: the worker's error stream."""
+    logger = logging.getLogger("collegium")
+    logger.setLevel(level.upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _experts(

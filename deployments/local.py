@@ -54,6 +54,9 @@ def environment(config: CollegiumConfig) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": str(int(config.ray.throughput_mode)),
     }
     if config.ray.ha_proxy:
+        env["RAY_SERVE_HAPROXY_NBTHREAD"] = str(min(4, os.cpu_count() or 1))
+        # Ray would parse a log line per request in Python; /metrics counts requests already.
+        env["RAY_SERVE_HAPROXY_METRICS_ENABLED"] = "0"
         env["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port())
         env["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port())
         folder = _runtime_folder()

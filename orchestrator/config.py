@@ -149,6 +149,8 @@ class ServerConfig(_Strict):
     """Environment variable with the accepted API keys, separated by commas; none asks for none."""
     limits: LimitsConfig = LimitsConfig()
     """How much one ingress replica accepts, and for how long."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What the ingress logs; ``info`` has one line per decision, without the prompt."""
 
 
 class RayConfig(_Strict):
