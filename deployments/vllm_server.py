@@ -72,7 +72,7 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
         engine_kwargs["enforce_eager"] = True
     if config.adapters:
         engine_kwargs["enable_lora"] = True
-        engine_kwargs["max_loras"] = min(len(config.adapters), 8)
+        engine_kwargs["max_loras"] = _adapter_slots(config)
         engine_kwargs["max_lora_rank"] = _max_rank(adapter_paths)
     fields: dict[str, Any] = {
         "model_loading_config": {"model_id": config.name, "model_source": model_source},
@@ -96,6 +96,15 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
         raise ExpertConfigError(
             f"expert {config.name!r}: Ray refuses the config: {problem}"
         ) from error
+
+
+def _adapter_slots(config: VLLMExpertConfig) -> int:
+    if config.device == "gpu":
+        return min(len(config.adapters), 8)
+    # vLLM's CPU kernels take "no adapter" (index -1) for the last slot, so that in a mixed batch
+    # the base model would answer with whatever adapter lies there. One more slot than adapters
+    # keeps the last one empty, which is the same as none.
+    return len(config.adapters) + 1
 
 
 def _max_rank(adapter_paths: dict[str, str]) -> int:

@@ -43,7 +43,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield running_service
 
 
-def _expert(service: Service, name: str, **options) -> OpenAIExpert:
+def _expert(service: Service, name: str) -> OpenAIExpert:
     card = load_config().cards()[name]
     return OpenAIExpert(
         OpenAIExpertConfig(
@@ -95,11 +95,14 @@ async def test_greedy_float32_text_equals_the_transformers_engine(service: Servi
     entry = with_engine(load_config(), "transformers").experts[0]
     assert isinstance(entry, TransformersExpertConfig)
     reference = open_experts(entry.model_copy(update={"dtype": "float32"}))
+    experts = {name: _expert(service, name) for name in QUESTIONS}
     pairs = [(name, text) for name, texts in QUESTIONS.items() for text in texts]
     expected = [await _text(reference[name], text) for name, text in pairs]
-    await reference["general"].aclose()
-    alone = [await _text(_expert(service, name), text) for name, text in pairs]
-    together = await asyncio.gather(*(_text(_expert(service, n), t) for n, t in pairs))
+    alone = [await _text(experts[name], text) for name, text in pairs]
+    # All adapters and the base model in one batch.
+    together = await asyncio.gather(*(_text(experts[name], text) for name, text in pairs))
+    for expert in (*experts.values(), reference["general"]):
+        await expert.aclose()
     assert alone == expected
     assert together == expected
 

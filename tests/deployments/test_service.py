@@ -39,16 +39,7 @@ CONFIG = {
         },
     ],
     "routers": {
-        "coe": {
-            "type": "static",
-            "quality": {
-                "general": 0.9,
-                "maths": 0.5,
-                "intents": 0.1,
-                "docstrings": 0.1,
-                "extract": 0.1,
-            },
-        },
+        "coe": {"type": "artefact", "path": "package:routers/embedded/coe"},
         "fixed": {"type": "static", "quality": {"broken": 0.9, "general": 0.5, "maths": 0.4}},
     },
     "routes": {
@@ -69,8 +60,13 @@ def _chat(text: str, **options: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **options}
 
 
-def test_openai_client_gets_a_routed_answer(service: Service) -> None:
-    client = openai.OpenAI(base_url=service.url + "/v1", api_key="none")
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_client_gets_a_routed_answer(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="auto", messages=[{"role": "user", "content": "What is 13 + 29?"}]
     )
@@ -81,8 +77,7 @@ def test_openai_client_gets_a_routed_answer(service: Service) -> None:
     assert raw.headers["x-collegium-category"]
 
 
-def test_openai_client_streams_with_usage(service: Service) -> None:
-    client = openai.OpenAI(base_url=service.url + "/v1", api_key="none")
+def test_openai_client_streams_with_usage(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model="auto",
@@ -109,8 +104,7 @@ async def test_async_openai_client_calls_a_tool(service: Service) -> None:
     assert json.loads(call.function.arguments) == {"city": "Rome"}  # type: ignore[union-attr]
 
 
-def test_openai_client_lists_models_and_meets_errors(service: Service) -> None:
-    client = openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0)
+def test_openai_client_lists_models_and_meets_errors(client: openai.OpenAI) -> None:
     assert {"auto", "fallback", *EXPERTS} <= {model.id for model in client.models.list()}
     assert client.models.retrieve("maths").id == "maths"
     message: Any = [{"role": "user", "content": "hi"}]
