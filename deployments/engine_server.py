@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -27,6 +26,8 @@ class EngineServer:
 
         config: ExpertConfig = TypeAdapter(ExpertConfig).validate_python(entry)
         self._experts: dict[str, Expert] = open_experts(config)
+        # A remote API that is down is no reason to replace the replica that calls it.
+        self._watched = [] if config.engine == "openai" else list(self._experts.values())
 
     def stream(
         self, expert: str, request: AnyRequest, timeout_s: float
@@ -40,8 +41,8 @@ class EngineServer:
 
     async def check_health(self) -> None:
         """Ray Serve's own question; a replica that fails it is replaced."""
-        # A remote API that is down is no reason to replace the replica that calls it.
-        await asyncio.sleep(0)
+        for expert in self._watched:
+            await expert.check_health()
 
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():
