@@ -121,13 +121,14 @@ def _greet(config: CollegiumConfig) -> None:
         f"Collegium listens on {url}",
         f"  experts    {', '.join(config.cards())}",
         f"  routes     {', '.join(config.routes) or 'none'}",
-        f'  ask        collegium ask "What is 12 times 13?"{_url_option(url)}',
+        f'  ask        collegium ask "What is 17 + 25?"{_url_option(url)}',
         f"  curl       curl {url}/v1/chat/completions -H 'content-type: application/json' \\",
-        '               -d \'{"messages": [{"role": "user", "content": "What is 12 times 13?"}]}\'',
+        '               -d \'{"messages": [{"role": "user", "content": "What is 17 + 25?"}]}\'',
         f"  API page   {url}/docs",
     ]
     if config.ray.dashboard:
-        lines.append(f"  dashboard  http://127.0.0.1:{config.ray.dashboard_port}")
+        url = f"http://127.0.0.1:{config.ray.dashboard_port}"
+        lines.append(f"  dashboard  {url}  (it asks for the token of 'ray get-auth-token')")
     lines += ["  stop       Ctrl-C", ""]
     click.echo("\n".join(lines))
     sys.stdout.flush()

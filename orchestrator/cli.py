@@ -61,7 +61,7 @@ def main() -> None:
 
     \b
     Start the service:   collegium serve
-    Ask a question:      collegium ask "What is 12 times 13?"
+    Ask a question:      collegium ask "What is 17 + 25?"
     """
 
 
