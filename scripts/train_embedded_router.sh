@@ -3,6 +3,7 @@
 # prompts. Needs two minutes; writes routers/embedded/coe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH=$PWD/.venv/bin:$PATH
 
 collegium train coe \
   --table evals/data/embedded_table \
