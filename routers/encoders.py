@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from routers.base import RouterError
-from routers.minilm_export import EXPORT_VERSION, Precision, ensure_exported
+from routers.minilm_export import EXPORT_VERSION, LAYERS, Precision, ensure_exported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ __all__ = [
     "get_encoder",
 ]
 
-DEFAULT_ENCODER = "minilm-int8"
+DEFAULT_ENCODER = "minilm-l3-int8"
 SENTENCE_TRANSFORMER_PREFIX = "sentence-transformers:"
 # 4096 vectors of 384 float32 are 6 MB; texts longer than this are not worth keeping.
 CACHED_TEXTS = 4096
@@ -125,28 +125,37 @@ class MiniLMEncoder(_CachedEncoder):
 
     Args:
         precision: ``int8`` (23 MB) or ``fp32`` (91 MB, three times slower).
+        layers: How many of the six layers to run, from the first; their time is in proportion.
     """
 
-    def __init__(self, precision: Precision = "int8") -> None:
+    def __init__(self, precision: Precision = "int8", layers: int = LAYERS) -> None:
         super().__init__()
         if precision not in ("int8", "fp32"):
             raise RouterError(
                 "The 'precision' parameter of MiniLMEncoder must be 'int8' or 'fp32'. "
                 f"Got {precision!r} instead."
             )
+        if layers not in range(1, LAYERS + 1):
+            raise RouterError(
+                f"The 'layers' parameter of MiniLMEncoder must be in 1 to {LAYERS}. "
+                f"Got {layers!r} instead."
+            )
         self.precision: Precision = precision
+        self.layers = layers
         self._loading = threading.Lock()
         self._loaded: _OnnxModel | None = None
 
     @property
     def name(self) -> str:
-        """``minilm-int8`` or ``minilm-fp32``."""
-        return f"minilm-{self.precision}"
+        """``minilm-int8`` or ``minilm-fp32``; with fewer layers, ``minilm-l3-int8``."""
+        layers = "" if self.layers == LAYERS else f"l{self.layers}-"
+        return f"minilm-{layers}{self.precision}"
 
     @property
     def revision(self) -> str:
-        """Hash of the weights, precision and version of the export."""
-        return f"{self._model.weights_sha256[:16]}-{self.precision}-{EXPORT_VERSION}"
+        """Hash of the weights, layers, precision and version of the export."""
+        weights = self._model.weights_sha256[:16]
+        return f"{weights}-l{self.layers}-{self.precision}-{EXPORT_VERSION}"
 
     @property
     def width(self) -> int:
@@ -157,7 +166,7 @@ class MiniLMEncoder(_CachedEncoder):
     def _model(self) -> _OnnxModel:
         with self._loading:
             if self._loaded is None:
-                self._loaded = _OnnxModel(ensure_exported(self.precision))
+                self._loaded = _OnnxModel(ensure_exported(self.precision, self.layers))
             return self._loaded
 
     def _encode_one(self, text: str) -> NDArray[np.float32]:
@@ -315,13 +324,17 @@ def get_encoder(name: str = DEFAULT_ENCODER) -> Encoder:
     Raises:
         RouterError: Nothing is known under that name.
     """
-    if name in ("minilm-int8", "minilm-fp32"):
-        return MiniLMEncoder("int8" if name.endswith("int8") else "fp32")
+    if minilm := re.fullmatch(rf"minilm-(?:l([1-{LAYERS - 1}])-)?(int8|fp32)", name):
+        layers, precision = minilm.groups()
+        return MiniLMEncoder(
+            "int8" if precision == "int8" else "fp32", int(layers) if layers else LAYERS
+        )
     if name == "hashing":
         return HashingEncoder()
     if name.startswith(SENTENCE_TRANSFORMER_PREFIX):
         return SentenceTransformerEncoder(name.removeprefix(SENTENCE_TRANSFORMER_PREFIX))
     raise RouterError(
-        f"unknown encoder {name!r}; known: 'minilm-int8', 'minilm-fp32', 'hashing', "
+        f"unknown encoder {name!r}; known: 'minilm-int8', 'minilm-fp32', "
+        f"'minilm-l1-int8' (one layer) to 'minilm-l{LAYERS - 1}-int8', 'hashing', "
         f"'{SENTENCE_TRANSFORMER_PREFIX}NAME_OR_PATH'"
     )

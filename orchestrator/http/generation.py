@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from experts.base import AnyRequest
 from experts.errors import ExpertTimeoutError
-from experts.types import ChatRequest, Completion, CompletionRequest, Usage, collect
+from experts.types import ChatRequest, Completion, Usage, collect
 from orchestrator.core import Orchestrator
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.errors import BadRequestError
@@ -24,6 +24,7 @@ from orchestrator.http.body import parse_body
 from orchestrator.http.encoding import JSONBytes, encode
 from orchestrator.http.errors import error_object, error_response, status_of
 from orchestrator.http.openai_shapes import AnswerShape
+from orchestrator.http.requests import ChatBody, CompletionBody
 from orchestrator.http.streaming import (
     DONE,
     ClientLeft,
@@ -34,7 +35,7 @@ from orchestrator.http.streaming import (
 )
 from orchestrator.telemetry import Telemetry
 
-__all__ = ["CLIENT_LEFT_STATUS", "Generation", "cost_quality_header", "decision_headers"]
+__all__ = ["CLIENT_LEFT_STATUS", "Generation", "cost_quality_of", "decision_headers"]
 
 logger = logging.getLogger("collegium.http")
 
@@ -76,11 +77,11 @@ def _header(text: str) -> str:
     return _CONTROL_CHARACTERS.sub(" ", text).encode("ascii", "backslashreplace").decode()
 
 
-def cost_quality_header(request: Request) -> float | None:
-    """The request's own cost-quality knob, if it sends one."""
-    text = request.headers.get(COST_QUALITY_HEADER)
+def cost_quality_of(http: Request, body: ChatBody | CompletionBody) -> float | None:
+    """The request's own cost-quality knob, if it sends one; the body's goes before the header's."""
+    text = http.headers.get(COST_QUALITY_HEADER)
     if text is None:
-        return None
+        return body.cost_quality
     try:
         value = float(text)
     except ValueError:
@@ -90,7 +91,7 @@ def cost_quality_header(request: Request) -> float | None:
             f"{COST_QUALITY_HEADER}: must be a number from 0 to 1, got {text!r}",
             COST_QUALITY_HEADER,
         )
-    return value
+    return value if body.cost_quality is None else body.cost_quality
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ class Generation:
         self._fingerprint = orchestrator.config.fingerprint
 
     async def respond(
-        self, http: Request, model: type[ChatRequest] | type[CompletionRequest]
+        self, http: Request, model: type[ChatBody] | type[CompletionBody]
     ) -> Response:
         """Answer one request. Everything that fails becomes an error object."""
         turn = _Turn(RequestContext(deadline=time.monotonic() + self._limits.timeout_s))
@@ -170,15 +171,14 @@ class Generation:
         self._telemetry.finished(turn.model, turn.context, turn.status, turn.usage)
 
     async def _answer(
-        self, http: Request, model: type[ChatRequest] | type[CompletionRequest], turn: _Turn
+        self, http: Request, model: type[ChatBody] | type[CompletionBody], turn: _Turn
     ) -> Response:
         limits = self._limits
-        cost_quality = cost_quality_header(http)
         turn.request = request = await parse_body(
             http, model, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
         )
         turn.decision = decision = await self._orchestrator.decide(
-            request, cost_quality=cost_quality, context=turn.context
+            request, cost_quality=cost_quality_of(http, request), context=turn.context
         )
         self._telemetry.decided(decision, turn.context)
         begin = self._stream if request.stream else self._plain

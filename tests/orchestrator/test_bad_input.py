@@ -50,6 +50,7 @@ SHARED = [
     *wrong_values("stop", 5, True, {}, ["a"] * 5),
     ("stop of numbers", {"stop": ["a", 5]}, "stop.1"),
     *wrong_values("user", 5, True, [], {}),
+    *wrong_values("cost_quality", -0.1, 1.1, "1", True, [], {}, 10**400),
 ]
 
 WRONG_LISTS: list[list[Any]] = [[None], ["a"], [5], [[]]]

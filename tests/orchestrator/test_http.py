@@ -166,6 +166,26 @@ async def test_the_cost_quality_header_overrides_the_route(knob, model):
     assert response.json()["model"] == model
 
 
+@pytest.mark.parametrize(("knob", "model"), [(0, "small"), (1.0, "large"), (None, "large")])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_cost_quality_field_overrides_the_route_and_goes_to_no_expert(
+    knob, model, stream
+):
+    orchestrator = build(parse_config(config_content()))
+    http = client(orchestrator)
+    response = await http.post(CHAT, json=chat_body(cost_quality=knob, stream=stream, extra=1))
+    assert response.headers["x-collegium-model"] == model
+    assert expert(orchestrator, model).requests[-1].model_extra == {"extra": 1}
+    assert "cost_quality" not in expert(orchestrator, model).requests[-1].model_dump()
+
+
+async def test_the_field_goes_before_the_header():
+    headers = {"x-collegium-cost-quality": "1"}
+    for path in (CHAT, ROUTE):
+        response = await service().post(path, json=chat_body(cost_quality=0), headers=headers)
+        assert (response.json().get("experts") or [response.json()["model"]])[0] == "small"
+
+
 async def test_route_decides_without_asking_anybody():
     orchestrator = build(parse_config(config_content()))
     response = await client(orchestrator).post(ROUTE, json=chat_body())

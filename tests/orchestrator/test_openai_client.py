@@ -154,6 +154,13 @@ def test_the_knob_goes_as_a_header(client):
     assert json.loads(answer.headers["x-collegium-trace"])["cost_quality"] == 1
 
 
+def test_the_knob_goes_as_a_field(client):
+    answer = client.chat.completions.create(
+        model="auto", messages=HELLO, extra_body={"cost_quality": 0}
+    )
+    assert answer.model == "small"
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error"),
     [
