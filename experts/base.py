@@ -26,7 +26,8 @@ class Expert(Protocol):
 
         The last chunk of each answer carries ``finish_reason``; the last of all carries ``usage``.
         ``request.model`` is ignored: whoever calls has chosen this expert. Closing the iterator
-        (or cancelling its task) frees the expert within one token.
+        (or cancelling its task) frees the expert within one token. If ``request.stream`` is false,
+        nobody reads along, and an answer may come as one chunk.
 
         Args:
             request: A chat or text completion request.

@@ -46,7 +46,7 @@ _LONGEST_BACKOFF_S = 8.0
 _READ_BUFFER_BYTES = 1 << 20
 # Compressing servers hold small pieces of a stream back.
 _BASE_HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
-# Fields that mean something else upstream; set anew in every request.
+# Fields that are set anew in every request.
 _OURS = frozenset({"model", "stream", "stream_options"})
 
 
@@ -84,16 +84,19 @@ class OpenAIExpert:
     async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
         """Answer a request piece by piece; see ``experts.base.Expert``.
 
-        Retryable errors before the first chunk are tried again within the deadline. Usage is zero
-        if the upstream reports none.
+        A request that does not ask for a stream is sent on as such and answered by one chunk per
+        choice: reading an answer of 50 pieces costs both sides more than all the rest. Retryable
+        errors before the first chunk are tried again within the deadline. Usage is zero if the
+        upstream reports none.
         """
         check_features(self._card, request)
         path, body = self._body(request)
         deadline = time.monotonic() + timeout_s
         for retries in range(self._config.max_retries + 1):
             started = False
+            attempt = self._attempt(path, body, request.stream, deadline, timeout_s)
             try:
-                async with aclosing(self._attempt(path, body, deadline, timeout_s)) as chunks:
+                async with aclosing(attempt) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -121,14 +124,14 @@ class OpenAIExpert:
             await session.close()
 
     async def _attempt(
-        self, path: str, body: bytes, deadline: float, timeout_s: float
+        self, path: str, body: bytes, stream: bool, deadline: float, timeout_s: float
     ) -> AsyncGenerator[Chunk, None]:
         name, usage, finished = self._card.name, Usage(), False
         parse = _chat_chunk if path == "/chat/completions" else _completion_chunk
         async with self._response("POST", path, body, deadline, timeout_s) as response:
             if response.status != 200:
                 raise await self._refusal(response, timeout_s)
-            async for event in _events(response):
+            async for event in _events(response) if stream else _whole(response):
                 if "error" in event:
                     raise error_event(self._config, event["error"], timeout_s)
                 if event.get("usage"):
@@ -139,7 +142,7 @@ class OpenAIExpert:
                     if chunk.text or chunk.tool_calls or chunk.finish_reason or chunk.logprobs:
                         yield chunk
         if not finished:
-            raise ExpertFailedError(name, "the upstream's stream ended in the middle")
+            raise ExpertFailedError(name, "the upstream's answer ended in the middle")
         yield Chunk(usage=usage)
 
     def _response(
@@ -174,8 +177,8 @@ class OpenAIExpert:
         given = request.model_fields_set - _OURS
         body = request.model_dump(include=set(given), exclude_none=True, by_alias=True)
         body["model"] = self._config.model
-        body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
+        if request.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         if request.token_limit is None and "default_max_tokens" in self._config.model_fields_set:
             body["max_tokens"] = self._config.default_max_tokens
         path = "/chat/completions" if isinstance(request, ChatRequest) else "/completions"
@@ -220,7 +223,9 @@ class _Response:
             return ExpertConfigError(f"expert {self._expert!r}: base_url is not a URL ({exc})")
         if self._response is None and isinstance(exc, aiohttp.ClientError | OSError):
             return ExpertUnavailableError(self._expert, f"{type(exc).__name__}: {exc}")
-        if isinstance(exc, aiohttp.ClientError | OSError | ValueError | KeyError | TypeError):
+        # An answer of another shape than OpenAI's fails wherever it is read first.
+        shape = AttributeError | LookupError | TypeError | ValueError
+        if isinstance(exc, aiohttp.ClientError | OSError | shape):
             return ExpertFailedError(self._expert, f"{type(exc).__name__}: {exc}")
         return exc
 
@@ -241,6 +246,11 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
                 yield json.loads(payload)
 
 
+async def _whole(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The object of a plain answer, as if it were the only event of a stream."""
+    yield json.loads(await response.read())
+
+
 async def _drain(response: aiohttp.ClientResponse) -> None:
     """Read the body's end, which follows at once or never, so that the connection is reused."""
     try:
@@ -251,11 +261,13 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 
 def _chat_chunk(choice: dict[str, Any]) -> Chunk:
-    delta = choice.get("delta") or {}
+    # Plain answers have a message where streams have deltas; only deltas number their calls.
+    message = choice.get("delta") or choice.get("message") or {}
+    calls = message.get("tool_calls") or ()
     return Chunk(
         index=choice.get("index", 0),
-        text=delta.get("content") or delta.get("refusal") or "",
-        tool_calls=delta.get("tool_calls") or None,
+        text=message.get("content") or message.get("refusal") or "",
+        tool_calls=[{"index": i, **call} for i, call in enumerate(calls)] or None,
         finish_reason=choice.get("finish_reason"),
         logprobs=_dense(choice.get("logprobs")),
     )

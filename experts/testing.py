@@ -88,7 +88,7 @@ async def check_streams_text_then_finish_reason_then_usage(expert: Expert) -> No
 
 
 async def check_streamed_answer_is_collected_answer(expert: Expert) -> None:
-    """Streaming and collecting give the same text."""
+    """A streamed and a plain answer have the same text."""
     chunks = [chunk async for chunk in _stream(expert)]
     collected = await _ask(expert)
     assert "".join(chunk.text for chunk in chunks) == collected.text
@@ -285,8 +285,8 @@ def _chat(prompt: str = "Name two colours.", **fields: Any) -> ChatRequest:
 def _stream(
     expert: Expert, prompt: str = "Name two colours.", **fields: Any
 ) -> AsyncIterator[Chunk]:
-    return expert.stream(_chat(prompt, **fields), timeout_s=_TIMEOUT_S)
+    return expert.stream(_chat(prompt, stream=True, **fields), timeout_s=_TIMEOUT_S)
 
 
 async def _ask(expert: Expert, prompt: str = "Name two colours.", **fields: Any) -> Completion:
-    return await collect(_stream(expert, prompt, **fields))
+    return await collect(expert.stream(_chat(prompt, **fields), timeout_s=_TIMEOUT_S))

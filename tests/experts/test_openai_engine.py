@@ -55,33 +55,37 @@ async def _ask(expert, request=None, timeout_s=20.0):
     return await collect(expert.stream(request or _chat(), timeout_s=timeout_s))
 
 
-async def test_chat_and_completion_answers_arrive(expert):
-    chat = await _ask(expert, _chat("x", logprobs=True, n=2))
+@pytest.mark.parametrize("stream", [False, True])
+async def test_chat_and_completion_answers_arrive(expert, stream):
+    chat = await _ask(expert, _chat("x", logprobs=True, n=2, stream=stream))
     assert [choice.text for choice in chat.choices] == ["Answer to x"] * 2
     assert len(chat.choices[0].logprobs["content"]) == 3
     assert (chat.usage.prompt_tokens, chat.usage.completion_tokens) == (1, 6)
-    plain = await _ask(expert, CompletionRequest(prompt="y", logprobs=1))
+    plain = await _ask(expert, CompletionRequest(prompt="y", logprobs=1, stream=stream))
     assert plain.text == "Answer to y"
     assert plain.choices[0].logprobs["tokens"] == ["Answer", " to", " y"]
 
 
-async def test_tool_calls_arrive(expert):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tool_calls_arrive(expert, stream):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    choice = (await _ask(expert, _chat("use the tool", tools=tools))).choices[0]
+    choice = (await _ask(expert, _chat("use the tool", tools=tools, stream=stream))).choices[0]
     assert choice.finish_reason == "tool_calls"
     assert choice.tool_calls[0]["function"] == {"name": "f", "arguments": '{"x": 1}'}
 
 
 async def test_forwards_given_and_unknown_fields_and_nothing_else(expert, upstream):
-    await _ask(expert, _chat("x", model="auto", top_p=0.5, min_p=0.1, stream=False))
-    assert upstream.bodies[0] == {
+    fields = {"model": "auto", "top_p": 0.5, "min_p": 0.1}
+    await _ask(expert, _chat("x", **fields, stream_options={"include_usage": False}))
+    await _ask(expert, _chat("x", **fields, stream=True))
+    wanted = {
         "model": "their-name",
         "messages": [{"role": "user", "content": "x"}],
         "top_p": 0.5,
         "min_p": 0.1,
-        "stream": True,
-        "stream_options": {"include_usage": True},
     }
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    assert upstream.bodies == [wanted, wanted | streamed]
 
 
 async def test_default_max_tokens_is_sent_if_configured(upstream, expert):
@@ -164,7 +168,7 @@ async def test_broken_stream_fails_without_another_try(expert, upstream):
     pieces = []
 
     async def read():
-        async for chunk in expert.stream(_chat("break"), timeout_s=10):
+        async for chunk in expert.stream(_chat("break", stream=True), timeout_s=10):
             pieces.append(chunk.text)
 
     with pytest.raises(errors.ExpertFailedError):
@@ -173,11 +177,12 @@ async def test_broken_stream_fails_without_another_try(expert, upstream):
     assert len(upstream.bodies) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", ["late", "slow"])
-async def test_deadline_holds_before_and_within_the_answer(expert, text):
+async def test_deadline_holds_before_and_within_the_answer(expert, text, stream):
     started = time.monotonic()
     with pytest.raises(errors.ExpertTimeoutError):
-        await _ask(expert, _chat(text), timeout_s=0.3)
+        await _ask(expert, _chat(text, stream=stream), timeout_s=0.3)
     assert time.monotonic() - started < 0.9
 
 
@@ -197,7 +202,7 @@ async def test_refused_connection_is_unavailable():
 
 
 async def test_leaving_early_closes_the_upstreams_connection(expert, upstream):
-    stream = expert.stream(_chat("slow"), timeout_s=20)
+    stream = expert.stream(_chat("slow", stream=True), timeout_s=20)
     await anext(stream)
     assert upstream.expert.active == 1
     await stream.aclose()
@@ -205,7 +210,7 @@ async def test_leaving_early_closes_the_upstreams_connection(expert, upstream):
 
 
 async def test_cancelling_closes_the_upstreams_connection(expert, upstream):
-    task = asyncio.create_task(_ask(expert, _chat("slow")))
+    task = asyncio.create_task(_ask(expert, _chat("slow", stream=True)))
     await _until(lambda: upstream.expert.active == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -213,9 +218,19 @@ async def test_cancelling_closes_the_upstreams_connection(expert, upstream):
     await _until(lambda: upstream.expert.active == 0)
 
 
+async def test_an_answer_that_is_no_completion_fails(upstream):
+    for body in ("[]", '"text"', "{}", "not JSON", '{"choices": [5]}'):
+        upstream.plain_answer = body
+        expert = _open(upstream)
+        with pytest.raises(errors.ExpertFailedError):
+            await _ask(expert)
+        await expert.aclose()
+    upstream.plain_answer = None
+
+
 async def test_connections_are_used_again(expert):
-    for _ in range(5):
-        await _ask(expert)
+    for number in range(6):
+        await _ask(expert, _chat(stream=number % 2 == 0))
     pool = expert._session.connector._conns
     assert sum(len(connections) for connections in pool.values()) == 1
 

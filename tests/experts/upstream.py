@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from experts.config import ScriptedExpertConfig, ScriptRule
 from experts.errors import (
@@ -25,7 +25,7 @@ from experts.errors import (
     InvalidRequestError,
 )
 from experts.scripted import ScriptedExpert
-from experts.types import ChatRequest, Chunk, CompletionRequest
+from experts.types import ChatRequest, Choice, Chunk, CompletionRequest, collect
 
 STATUS = {
     ExpertAuthError: 401,
@@ -46,6 +46,8 @@ class Upstream:
     statuses: list[int] = field(default_factory=list)
     """Answer the next requests with these statuses."""
     retry_after: str = "0"
+    plain_answer: str | None = None
+    """Answer plain requests with this text."""
 
 
 def _refusal(status: int, upstream: Upstream, message: str = "refused", param: Any = None) -> Any:
@@ -69,6 +71,20 @@ def _event(chunk: Chunk, chat: bool) -> dict[str, Any]:
     return {"choices": [choice]}
 
 
+def _choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
+    common = {
+        "index": index, "finish_reason": choice.finish_reason, "logprobs": choice.logprobs
+    }  # fmt: skip
+    if not chat:
+        return {**common, "text": choice.text}
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text or None}
+    if choice.tool_calls:
+        # Only deltas number their calls.
+        calls = [{k: v for k, v in call.items() if k != "index"} for call in choice.tool_calls]
+        message["tool_calls"] = calls
+    return {**common, "message": message}
+
+
 def create_app(upstream: Upstream) -> FastAPI:
     app = FastAPI()
 
@@ -81,6 +97,12 @@ def create_app(upstream: Upstream) -> FastAPI:
         parsed = kind.model_validate(body)
         chunks = aiter(upstream.expert.stream(parsed, timeout_s=30))
         try:
+            if upstream.plain_answer is not None:
+                return Response(upstream.plain_answer, media_type="application/json")
+            if not parsed.stream:
+                whole = await collect(chunks)
+                choices = [_choice(i, c, kind is ChatRequest) for i, c in enumerate(whole.choices)]
+                return {"choices": choices, "usage": whole.usage.model_dump()}
             first = await anext(chunks)
         except InvalidRequestError as error:
             return _refusal(400, upstream, error.message, error.param)
