@@ -24,9 +24,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.load import measure
 from orchestrator.config import CollegiumConfig, parse_config
@@ -36,6 +38,18 @@ RESULTS = ROOT / "docs" / "results"
 CONCURRENCIES = (1, 8, 32)
 TABLE_HEAD = (
     "| system | c | p50 ms | p99 ms | first chunk p50 ms | requests/s | added p50 ms | errors |"
+)
+# What a process is called in the table of CPU times, by a part of its command line.
+PROCESSES = {
+    "me": "load generator",
+    "benchmarks.upstream": "upstream",
+    "haproxy": "HAProxy",
+    "ServeReplica:collegium:ingress": "ingress",
+}
+OTHERS = "rest of Ray"
+CPU_NOTE = (
+    "Plain requests, concurrency 8. Where all cores are busy, the p50 is about the sum over the "
+    "processes, divided by the cores, times 8."
 )
 EXPERTS = ("general", "maths", "intents", "docstrings", "extract")
 
@@ -194,6 +208,37 @@ def medians(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, floa
     }
 
 
+def cpu_per_request(
+    systems: dict[str, tuple[str, str]], requests: int = 600, concurrency: int = 8
+) -> dict[str, dict[str, float]]:
+    """CPU time in ms that each process spends on one plain request, by system and process."""
+    result = {}
+    for name in ("collegium, fixed expert", "collegium, routed"):
+        url, model = systems[name]
+        bodies = [_body(model, f"{text} cpu {name}", "plain") for text in prompts(requests)]
+        me = psutil.Process()
+        before = {process: _cpu_s(process) for process in [me, *me.children(recursive=True)]}
+        asyncio.run(measure(url, bodies, concurrency=concurrency))
+        spent: dict[str, float] = dict.fromkeys([*dict.fromkeys(PROCESSES.values()), OTHERS], 0.0)
+        for process, earlier in before.items():
+            with suppress(psutil.NoSuchProcess):
+                spent[_role(process, me)] += (_cpu_s(process) - earlier) / requests * 1000
+        result[name] = spent
+    return result
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _role(process: psutil.Process, me: psutil.Process) -> str:
+    if process == me:
+        return PROCESSES["me"]
+    command = " ".join(process.cmdline())
+    return next((role for part, role in PROCESSES.items() if part in command), OTHERS)
+
+
 def embedding_ms(count: int = 200) -> float:
     """Median time of one prediction of the shipped router alone, in ms."""
     from routers.base import Query
@@ -228,6 +273,10 @@ def report(result: dict[str, Any]) -> str:
                     f"{row['first_chunk_p50_ms']:.1f} | {row['requests_per_s']:.0f} | "
                     f"{row['p50_ms'] - base:.1f} | {row['errors']:.0f} |"
                 )
+    lines += ["", "## CPU time per request", "", CPU_NOTE, ""]
+    lines += ["| process | fixed expert, ms | routed, ms |", "|---|--:|--:|"]
+    fixed, routed = result["cpu_ms_per_request"].values()
+    lines += [f"| {role} | {fixed[role]:.2f} | {routed[role]:.2f} |" for role in fixed]
     lines += ["", "## Ratios", ""]
     lines += [f"- {line}" for line in result["ratios"]]
     return "\n".join(lines) + "\n"
@@ -289,6 +338,7 @@ def main() -> None:
         systems["collegium, fixed expert, one hop, no upstream"] = (ours, "scripted")
         counts = {1: arguments.requests // 4, 8: arguments.requests, 32: arguments.requests}
         rows = asyncio.run(run_rounds(systems, arguments.rounds, counts))
+        cpu = cpu_per_request(systems)
     figures, embedding = medians(rows), embedding_ms()
     result = {
         "command": "python -m benchmarks.overhead " + " ".join(sys.argv[1:]),
@@ -298,6 +348,7 @@ def main() -> None:
         "figures": figures,
         "ratios": ratios(figures, embedding),
         "embedding_ms": embedding,
+        "cpu_ms_per_request": cpu,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -12,22 +12,24 @@ import pytest
 from routers.base import RouterError
 from routers.encoders import (
     CACHED_TEXTS,
+    DEFAULT_ENCODER,
     Encoder,
     HashingEncoder,
     MiniLMEncoder,
     SentenceTransformerEncoder,
     get_encoder,
 )
+from routers.minilm_export import EXPORT_VERSION
 
 TEXTS = ["What is 3 + 4?", "how do I bake bread", "", "naïve 日本 \ud800", "word " * 2000]
 
 
 @pytest.fixture(scope="module")
 def minilm():
-    return MiniLMEncoder()
+    return MiniLMEncoder(layers=2)
 
 
-@pytest.fixture(params=["hashing", "minilm-int8"])
+@pytest.fixture(params=["hashing", DEFAULT_ENCODER])
 def encoder(request):
     return get_encoder(request.param)
 
@@ -45,14 +47,14 @@ def test_a_list_equals_its_texts_one_by_one(minilm):
     texts = [f"{text} {i}" for i in range(4) for text in TEXTS]
     random.Random(1).shuffle(texts)
     together = minilm.encode(texts)
-    fresh = MiniLMEncoder()
+    fresh = MiniLMEncoder(layers=2)
     for row in random.Random(2).sample(range(len(texts)), len(texts)):
         assert fresh.encode([texts[row]])[0].tobytes() == together[row].tobytes()
 
 
 def test_threads_get_the_same_bits(minilm):
     expected = minilm.encode(TEXTS).tobytes()
-    shared, results = MiniLMEncoder(), []
+    shared, results = MiniLMEncoder(layers=2), []
     threads = [
         threading.Thread(target=lambda: results.append(shared.encode(TEXTS).tobytes()))
         for _ in range(4)
@@ -83,9 +85,20 @@ def test_the_cache_forgets_the_least_recently_used():
     assert "text 0" not in encoder._vectors
 
 
-def test_revision_tells_precisions_apart(minilm):
-    assert minilm.revision.endswith("-int8-1")
-    assert minilm.name == "minilm-int8"
+def test_revision_tells_layers_and_precisions_apart(minilm):
+    assert minilm.revision.endswith(f"-l2-int8-{EXPORT_VERSION}")
+    assert minilm.name == DEFAULT_ENCODER == "minilm-l2-int8"
+
+
+@pytest.mark.parametrize("name", ["minilm-l1-int8", "minilm-l5-fp32", "minilm-int8", "minilm-fp32"])
+def test_names_and_settings_say_the_same(name):
+    encoder = get_encoder(name)
+    assert isinstance(encoder, MiniLMEncoder)
+    assert encoder.name == name
+    assert (encoder.layers, encoder.precision) == (
+        int(name[8]) if name[7] == "l" else 6,
+        name.rpartition("-")[2],
+    )
 
 
 def test_unknown_names_are_refused():
@@ -93,10 +106,15 @@ def test_unknown_names_are_refused():
         get_encoder("bert")
     with pytest.raises(RouterError, match="must be 'int8' or 'fp32'"):
         MiniLMEncoder("int4")  # type: ignore[arg-type]  # what is tested
+    for name in ("minilm-l0-int8", "minilm-l6-int8", "minilm-l2-int4"):
+        with pytest.raises(RouterError, match="unknown encoder"):
+            get_encoder(name)
+    with pytest.raises(RouterError, match="must be in 1 to 6"):
+        MiniLMEncoder(layers=7)
 
 
 def test_same_name_is_the_same_encoder():
-    assert get_encoder("minilm-int8") is get_encoder("minilm-int8")
+    assert get_encoder() is get_encoder(DEFAULT_ENCODER)
 
 
 def test_serving_needs_neither_torch_nor_onnx(minilm):
@@ -116,7 +134,7 @@ def test_unwritable_cache_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("COLLEGIUM_CACHE", str(tmp_path / "file"))
     with pytest.raises(RouterError, match="set COLLEGIUM_CACHE to a writable folder"):
-        MiniLMEncoder().encode(["hello"])
+        MiniLMEncoder(layers=2).encode(["hello"])
 
 
 @pytest.mark.slow
@@ -125,6 +143,8 @@ def test_sentence_transformers_agree_with_the_quantised_export(minilm, tmp_path)
         encoder = SentenceTransformerEncoder(str(folder))
         assert encoder.name == f"sentence-transformers:{folder}"
         assert len(encoder.revision) == 16
+        bert = encoder._model[0].auto_model
+        bert.encoder.layer = bert.encoder.layer[: minilm.layers]
         vectors = encoder.encode(TEXTS[:2])
     assert vectors.shape == (2, encoder.width)
     assert (vectors * minilm.encode(TEXTS[:2])).sum(axis=1).min() > 0.98
