@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from routers.base import Router, RouterError
+from routers.cli import TABLE_OPTION
 
 __all__ = ["evaluate_command"]
 
@@ -16,13 +17,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command("evaluate", short_help="Judge routers on an outcome table.")
 @click.argument("artefacts", nargs=-1, required=True, metavar="ARTEFACT ...")
-@click.option(
-    "--table",
-    "table_path",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Outcome table: a folder with prompts.parquet and outcomes.parquet.",
-)
+@TABLE_OPTION
 @click.option(
     "--split",
     default="test",

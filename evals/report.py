@@ -257,6 +257,6 @@ def _bar(line: Line, left: int, width: int, top: int) -> str:
         f'fill="{COLOURS[line.kind]}"><title>{html.escape(line.name)}: '
         f"{_with_interval(line.score)}</title></rect>"
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} '
-        f'{middle - 4}v8" stroke="#000a" fill="none"/>'
+        f'{middle - 4}v8" stroke="currentColor" stroke-opacity=".7" fill="none"/>'
         f'<text x="{max(mean, high) + 6:.1f}" y="{top + 13}">{line.score.mean:.3f}</text>'
     )

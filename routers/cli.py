@@ -15,7 +15,15 @@ import click
 from routers.base import RouterError
 from routers.registry import ROUTERS, get_router_class
 
-__all__ = ["train_command"]
+__all__ = ["TABLE_OPTION", "train_command"]
+
+TABLE_OPTION = click.option(
+    "--table",
+    "table_path",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Outcome table: a folder with prompts.parquet and outcomes.parquet.",
+)
 
 # Methods that train something else than a router, each with the command that does it.
 OTHER_METHODS = {"adapter": "experts.cli:train_adapter_command"}
@@ -58,13 +66,7 @@ def train_command() -> None:
 
 def _router_command(method: str) -> click.Command:
     @click.command(method, help=f"Train a router of method {method!r} on an outcome table.")
-    @click.option(
-        "--table",
-        "table_path",
-        required=True,
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Outcome table: a folder with prompts.parquet and outcomes.parquet.",
-    )
+    @TABLE_OPTION
     @click.option(
         "--out",
         required=True,

@@ -52,11 +52,13 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     keys = [key.encode() for key in api_keys if key]
     for kind in (RequestError, ExpertError, Exception):
         app.add_exception_handler(kind, errors.handle)
+    # Starlette's types know handlers of any Exception only.
     app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
     _add_generation(app, generation, keys)
     _add_route(app, orchestrator, admission, keys)
     _add_models(app, orchestrator, keys)
     _add_operations(app, orchestrator, telemetry)
+    # FastAPI's documented way to change the page.
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
