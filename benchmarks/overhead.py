@@ -277,9 +277,28 @@ def report(result: dict[str, Any]) -> str:
     lines += ["| process | fixed expert, ms | routed, ms |", "|---|--:|--:|"]
     fixed, routed = result["cpu_ms_per_request"].values()
     lines += [f"| {role} | {fixed[role]:.2f} | {routed[role]:.2f} |" for role in fixed]
-    lines += ["", "## Ratios", ""]
+    if "LiteLLM" in systems:
+        lines += ["", "## Ratios to LiteLLM", "", *_ratio_table(figures, systems)]
+    lines += ["", "## Goals", ""]
     lines += [f"- {line}" for line in result["ratios"]]
     return "\n".join(lines) + "\n"
+
+
+def _ratio_table(figures: dict[str, dict[str, float]], systems: list[str]) -> list[str]:
+    columns = {"p50_ms": "p50", "p99_ms": "p99", "first_chunk_p50_ms": "first chunk p50",
+               "requests_per_s": "requests/s"}  # fmt: skip
+    head = " | ".join(columns.values())
+    lines = [f"| system | mode | c | {head} |", "|---|---|" + "--:|" * (1 + len(columns))]
+    for name in systems:
+        if name in ("upstream", "LiteLLM"):
+            continue
+        for mode in ("plain", "stream"):
+            for concurrency in CONCURRENCIES:
+                ours = figures[f"{name}/{mode}/{concurrency}"]
+                other = figures[f"LiteLLM/{mode}/{concurrency}"]
+                cells = " | ".join(f"{ours[key] / other[key]:.2f}" for key in columns)
+                lines.append(f"| {name} | {mode} | {concurrency} | {cells} |")
+    return lines
 
 
 def ratios(figures: dict[str, dict[str, float]], embedding: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -108,6 +109,8 @@ def running_service(
 
     from deployments.builders import APPLICATION, build
 
+    # What Serve says of itself at its start is Ray's affair; trouble is not.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting Ray")
     try:
         ray.init(

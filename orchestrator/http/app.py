@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -45,7 +46,8 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
         orchestrator: Who decides and has requests answered.
         api_keys: Keys to accept under ``/v1``; none accepts everybody.
     """
-    app = FastAPI(title="Collegium", version=version(), docs_url="/docs", redoc_url=None)
+    # FastAPI's own page loads its scripts from the internet, which many clusters do not reach.
+    app = FastAPIOffline(title="Collegium", version=version(), redoc_url=None)
     admission = Admission(orchestrator.config.server.limits.max_in_flight)
     telemetry = Telemetry(lambda: admission.in_flight)
     generation = Generation(orchestrator, telemetry, admission)

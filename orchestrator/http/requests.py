@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from experts.types import ChatRequest, CompletionRequest
 
@@ -16,6 +16,8 @@ class _RoutingOptions(BaseModel):
 
     Fields are excluded from dumps: they are ours, and must not travel on to an expert's API.
     """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     cost_quality: Annotated[float | None, Field(ge=0, le=1, exclude=True)] = None
     """0 takes the cheapest expert, 1 the best; instead of the route's own setting."""

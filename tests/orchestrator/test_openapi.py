@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -102,6 +103,16 @@ def test_all_failures_are_documented_as_error_objects():
             if status >= "400" and path != "/ready":
                 schema = response["content"]["application/json"]["schema"]
                 assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+async def test_the_page_needs_no_other_host():
+    http = client(build(parse_config(config_content())))
+    page = (await http.get("/docs")).text
+    assert "://" not in page
+    for asset in re.findall(r'(?:src|href)="([^"]+)"', page):
+        response = await http.get(asset)
+        assert response.status_code == 200
+        assert response.content
 
 
 def test_nothing_is_documented_that_nothing_refers_to():
