@@ -66,7 +66,7 @@ class CoERouter:
     one whose decisions score best on held-out prompts; of equally good ones the median, as far
     from trusting everything as from trusting nothing.
 
-    Trains in seconds besides encoding (3 ms a short prompt, 60 ms one of 256 tokens). A prediction
+    Trains in seconds besides encoding (1 ms a short prompt, 10 ms one of 256 tokens). A prediction
     costs one encoding and about 0.05 ms. Models without a training score cannot be predicted for.
 
     Args:
