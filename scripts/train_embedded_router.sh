@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the router of the embedded experts from the table in the tree, and judges it on its test
-# prompts. Needs two minutes; writes routers/embedded/coe.
+# prompts. Needs seconds; writes routers/embedded/coe, what it found, and the tables of the docs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
@@ -10,4 +10,6 @@ collegium train coe \
   --out routers/embedded/coe \
   --set general_texts=evals/tasks/data/general_texts.jsonl
 
-collegium evaluate routers/embedded/coe --table evals/data/embedded_table "$@"
+collegium evaluate routers/embedded/coe --table evals/data/embedded_table \
+  --json docs/results/embedded_router.json "$@"
+python scripts/docs
