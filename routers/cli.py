@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -98,8 +94,7 @@ def _router_command(method: str) -> click.Command:
         as_json: bool,
     ) -> None:
         try:
-            with _progress_on_stderr():
-                _train(method, table_path, out, split, models, settings)
+            _train(method, table_path, out, split, models, settings)
         except RouterError as exc:
             raise click.UsageError(str(exc)) from exc
         _print_result(out, as_json)
@@ -128,23 +123,6 @@ def _train(
     if models:
         table = table.restricted_to([name.strip() for name in models.split(",")])
     router.fit(table, split=split).save(out)
-
-
-@contextlib.contextmanager
-def _progress_on_stderr() -> Iterator[None]:
-    log = logging.getLogger("collegium.routers")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    before = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before[0])
-        log.propagate = before[1]
 
 
 def _print_result(out: Path, as_json: bool) -> None:

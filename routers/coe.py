@@ -28,7 +28,7 @@ from routers.params import (
     check_text,
     not_fitted,
 )
-from routers.training import encode_all, read_texts, shrunken_means, texts_facts
+from routers.training import read_texts, shrunken_means, texts_facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +177,7 @@ class CoERouter:
         names = [*prompts.categories, *[self.general_category] * len(extra)]
         categories = sorted(set(names))
         labels = np.array([categories.index(name) for name in names], np.intp)
-        vectors = encode_all(self._encoder(), [*prompts.texts, *extra], "training")
+        vectors = self._encoder().encode([*prompts.texts, *extra])
         scores = table.scores(split)
         classifier = fit_classifier(vectors, labels, categories, C=self.C)
         quality, kept = shrunken_means(scores, labels, len(categories), float(self.shrinkage))
@@ -211,7 +211,7 @@ class CoERouter:
         n_prompts = len(scores)
         if split != "validation" and table.has_split("validation"):
             prompts = table.with_prompts_of("validation")
-            inside = encode_all(self._encoder(), prompts.texts, "validation")
+            inside = self._encoder().encode(prompts.texts)
             position = {name: number for number, name in enumerate(categories)}
             found = [position.get(name, -1) for name in prompts.categories or ()]
             return _HeldOut(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from routers.base import RouterError
 from routers.minilm_export import EXPORT_VERSION, LAYERS, Precision, ensure_exported
+from routers.vector_cache import VectorCache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,10 @@ SENTENCE_TRANSFORMER_PREFIX = "sentence-transformers:"
 # 4096 vectors of 384 float32 are 6 MB; texts longer than this are not worth keeping.
 CACHED_TEXTS = 4096
 CACHED_TEXT_CHARACTERS = 8192
+# Training and judging read many texts over and over; a request has one.
+BULK_TEXTS = 32
+# The revision of a model from the hub whose revision nobody named: it may change at any time.
+UNPINNED = "unpinned"
 MAX_TOKENS = 256
 # Far more characters than 256 tokens of text have; spares the tokenizer a pasted book.
 MAX_CHARACTERS = 20_000
@@ -72,11 +77,26 @@ class Encoder(Protocol):
 
 
 class _CachedEncoder:
-    """One text at a time, the most recently used ones from memory."""
+    """One text at a time, the most recently used ones from memory, many at once from disk.
 
-    def __init__(self) -> None:
+    Args:
+        on_disk: Whether lists of ``BULK_TEXTS`` or more keep their vectors on disk.
+    """
+
+    def __init__(self, *, on_disk: bool = False) -> None:
+        self._on_disk = on_disk
         self._lock = threading.Lock()
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+
+    @property
+    def name(self) -> str:
+        """The name ``get_encoder`` knows it by."""
+        raise NotImplementedError
+
+    @property
+    def revision(self) -> str:
+        """Changes whenever vectors may change."""
+        raise NotImplementedError
 
     @property
     def width(self) -> int:
@@ -91,6 +111,9 @@ class _CachedEncoder:
         """Return shape (n_texts, width), each row of length 1."""
         import numpy as np
 
+        if self._on_disk and len(texts) >= BULK_TEXTS and self.revision != UNPINNED:
+            cache = VectorCache(self.name, self.revision)
+            return cache.encode(texts, self.width, self._encode_cached)
         vectors = np.empty((len(texts), self.width), np.float32)
         for row, text in enumerate(texts):
             vectors[row] = self._encode_cached(text)
@@ -127,14 +150,17 @@ class MiniLMEncoder(_CachedEncoder):
         precision: ``int8`` or ``fp32``.
         layers: How many of the six layers to run, from the first. Categories are as easy to tell
             from the second as from the last.
+        on_disk: Whether vectors of many texts at once are kept on disk.
 
     References:
         Reimers and Gurevych, "Sentence-BERT" (arXiv:1908.10084), for mean pooling. Departs from it
         in stopping early; see ``design/encoder.md`` for what that costs.
     """
 
-    def __init__(self, precision: Precision = "int8", layers: int = LAYERS) -> None:
-        super().__init__()
+    def __init__(
+        self, precision: Precision = "int8", layers: int = LAYERS, *, on_disk: bool = False
+    ) -> None:
+        super().__init__(on_disk=on_disk)
         if precision not in ("int8", "fp32"):
             raise RouterError(
                 "The 'precision' parameter of MiniLMEncoder must be 'int8' or 'fp32'. "
@@ -221,12 +247,18 @@ class SentenceTransformerEncoder(_CachedEncoder):
         name_or_path: A folder, or a model's name on the hub (then pin ``revision``).
         revision: The hub's revision. Artefacts are bound to it; a folder's files are hashed.
         device: ``cpu``, ``cuda``, ...; other devices than that of training may move last bits.
+        on_disk: Whether vectors of many texts at once are kept on disk.
     """
 
     def __init__(
-        self, name_or_path: str, *, revision: str | None = None, device: str = "cpu"
+        self,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        device: str = "cpu",
+        on_disk: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(on_disk=on_disk)
         self.name_or_path = name_or_path
         self._revision = revision
         self._device = device
@@ -243,7 +275,7 @@ class SentenceTransformerEncoder(_CachedEncoder):
         """The hub's revision, or a hash of the folder's files."""
         if self._revision is None and Path(self.name_or_path).is_dir():
             self._revision = _folder_sha256(Path(self.name_or_path))[:16]
-        return self._revision or "unpinned"
+        return self._revision or UNPINNED
 
     @property
     def width(self) -> int:
@@ -329,6 +361,8 @@ def _folder_sha256(folder: Path) -> str:
 def get_encoder(name: str = DEFAULT_ENCODER) -> Encoder:
     """The process-wide encoder of that name, so routers share one model and one cache.
 
+    It keeps the vectors of many texts at once in ``$COLLEGIUM_CACHE/vectors``, by the texts' hash.
+
     Raises:
         RouterError: Nothing is known under that name.
     """
@@ -340,12 +374,16 @@ def _encoder(name: str) -> Encoder:
     if minilm := re.fullmatch(rf"minilm-(?:l([1-{LAYERS - 1}])-)?(int8|fp32)", name):
         layers, precision = minilm.groups()
         return MiniLMEncoder(
-            "int8" if precision == "int8" else "fp32", int(layers) if layers else LAYERS
+            "int8" if precision == "int8" else "fp32",
+            int(layers) if layers else LAYERS,
+            on_disk=True,
         )
     if name == "hashing":
         return HashingEncoder()
     if name.startswith(SENTENCE_TRANSFORMER_PREFIX):
-        return SentenceTransformerEncoder(name.removeprefix(SENTENCE_TRANSFORMER_PREFIX))
+        return SentenceTransformerEncoder(
+            name.removeprefix(SENTENCE_TRANSFORMER_PREFIX), on_disk=True
+        )
     raise RouterError(
         f"unknown encoder {name!r}; known: 'minilm-int8', 'minilm-fp32', "
         f"'minilm-l1-int8' (one layer) to 'minilm-l{LAYERS - 1}-int8', 'hashing', "

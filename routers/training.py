@@ -1,10 +1,9 @@
-"""What fitting needs and serving does not: score tables, bulk encoding, extra texts."""
+"""What fitting needs and serving does not: score tables, extra texts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from routers.encoders import Encoder
-
-__all__ = ["encode_all", "read_texts", "shrunken_means", "texts_facts"]
-
-log = logging.getLogger("collegium.routers")
+__all__ = ["read_texts", "shrunken_means", "texts_facts"]
 
 
 def shrunken_means(
@@ -52,18 +47,6 @@ def shrunken_means(
         shrunken = (filled[rows].sum(axis=0) + shrinkage * means) / weight
         table[label] = np.where(count > 0, shrunken, means)
     return table, kept
-
-
-def encode_all(encoder: Encoder, texts: Sequence[str], what: str) -> NDArray[np.float32]:
-    """Encode many texts, telling how far it is."""
-    import numpy as np
-
-    step = 500
-    parts = [np.empty((0, encoder.width), np.float32)]
-    for start in range(0, len(texts), step):
-        parts.append(encoder.encode(texts[start : start + step]))
-        log.info("encoded %d of %d %s texts", min(start + step, len(texts)), len(texts), what)
-    return np.concatenate(parts)
 
 
 def read_texts(path: str) -> list[str]:
