@@ -11,15 +11,16 @@ import pytest
 
 from routers.base import RouterError
 from routers.encoders import (
-    CACHED_TEXTS,
     DEFAULT_ENCODER,
+    ConcatenatedEncoder,
     Encoder,
     HashingEncoder,
     MiniLMEncoder,
     SentenceTransformerEncoder,
     get_encoder,
 )
-from routers.minilm_export import EXPORT_VERSION
+from routers.encoders.base import CACHED_TEXTS
+from routers.encoders.minilm_export import EXPORT_VERSION
 
 TEXTS = ["What is 3 + 4?", "how do I bake bread", "", "naïve 日本 \ud800", "word " * 2000]
 
@@ -29,7 +30,7 @@ def minilm():
     return MiniLMEncoder(layers=2)
 
 
-@pytest.fixture(params=["hashing", DEFAULT_ENCODER])
+@pytest.fixture(params=["hashing", "surface", DEFAULT_ENCODER, "surface+hashing"])
 def encoder(request):
     return get_encoder(request.param)
 
@@ -101,12 +102,35 @@ def test_names_and_settings_say_the_same(name):
     )
 
 
+def test_concatenated_vectors_are_those_of_their_parts():
+    both = get_encoder(f"{DEFAULT_ENCODER}+surface+hashing")
+    parts = [get_encoder(name) for name in (DEFAULT_ENCODER, "surface", "hashing")]
+    assert isinstance(both, ConcatenatedEncoder)
+    assert both.name == f"{DEFAULT_ENCODER}+surface+hashing"
+    assert both.revision == "+".join(part.revision for part in parts)
+    vectors, start = both.encode(TEXTS), 0
+    for part in parts:
+        share = vectors[:, start : start + part.width] * np.sqrt(3)
+        assert share == pytest.approx(part.encode(TEXTS), abs=1e-6)
+        start += part.width
+    assert start == both.width
+
+
+def test_a_path_with_a_plus_sign_is_one_encoder():
+    encoder = get_encoder("surface+sentence-transformers:/models/a+b")
+    assert isinstance(encoder, ConcatenatedEncoder)
+    assert [part.name for part in encoder.parts] == [
+        "surface",
+        "sentence-transformers:/models/a+b",
+    ]
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(RouterError, match="unknown encoder 'bert'; known: 'minilm-int8'"):
         get_encoder("bert")
     with pytest.raises(RouterError, match="must be 'int8' or 'fp32'"):
         MiniLMEncoder("int4")  # type: ignore[arg-type]  # what is tested
-    for name in ("minilm-l0-int8", "minilm-l6-int8", "minilm-l2-int4"):
+    for name in ("minilm-l0-int8", "minilm-l6-int8", "minilm-l2-int4", "surface+", "+", ""):
         with pytest.raises(RouterError, match="unknown encoder"):
             get_encoder(name)
     with pytest.raises(RouterError, match="must be in 1 to 6"):

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from routers.encoders import BULK_TEXTS, HashingEncoder, MiniLMEncoder, SentenceTransformerEncoder
-from routers.vector_cache import STEP, VectorCache
+from routers.encoders import HashingEncoder, MiniLMEncoder, SentenceTransformerEncoder
+from routers.encoders.base import BULK_TEXTS
+from routers.encoders.vector_cache import STEP, VectorCache
 
 TEXTS = [f"what is {i} times seven" for i in range(STEP + 20)]
 
@@ -75,7 +76,7 @@ def test_a_damaged_file_or_folder_only_costs_time(tmp_path, caplog):
 def test_processes_share_it(tmp_path):
     script = (
         "import sys; from pathlib import Path; import numpy as np;"
-        "from routers.vector_cache import VectorCache;"
+        "from routers.encoders.vector_cache import VectorCache;"
         "encode = lambda text: np.full(5, len(text), np.float32);"
         "texts = [f'text {i}' * (i % 9 + 1) for i in range(3000)];"
         "made = VectorCache('e', '1', Path(sys.argv[1])).encode(texts, 5, encode);"

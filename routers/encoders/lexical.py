@@ -1,0 +1,78 @@
+"""Encoders without a model: what the words are, and what the text looks like."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zlib
+from typing import TYPE_CHECKING
+
+from routers.encoders.base import MAX_CHARACTERS, CachedEncoder, unit
+from routers.encoders.surface import SURFACE_FEATURES, surface_features
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["HashingEncoder", "SurfaceEncoder"]
+
+
+class HashingEncoder(CachedEncoder):
+    """Hashed words and word pairs, no model at all: a floor to compare with, and fast tests.
+
+    About 0.05 ms for a short query. Knows spelling, not meaning.
+    """
+
+    @property
+    def name(self) -> str:
+        """``hashing``."""
+        return "hashing"
+
+    @property
+    def revision(self) -> str:
+        """Changes with the way features are hashed."""
+        return "1"
+
+    @property
+    def width(self) -> int:
+        """512."""
+        return 512
+
+    def _encode_one(self, text: str) -> NDArray[np.float32]:
+        import numpy as np
+
+        words = re.findall(r"\w+", text.lower()[:MAX_CHARACTERS])
+        vector = np.zeros(self.width, np.float32)
+        # A constant, so that texts without any word have a vector too.
+        for feature in ("", *words, *map(" ".join, itertools.pairwise(words))):
+            code = zlib.crc32(feature.encode("utf-8", "replace"))
+            vector[code % self.width] += 1.0 if code >> 31 else -1.0
+        return unit(vector)
+
+
+class SurfaceEncoder(CachedEncoder):
+    """What a text looks like: length, script, language, code, maths, options, kind of question.
+
+    About 0.1 ms for a short query. ``SURFACE_FEATURES`` names the dimensions; the last one is a
+    constant, so that the others keep their size when the vector is scaled to length 1.
+    """
+
+    @property
+    def name(self) -> str:
+        """``surface``."""
+        return "surface"
+
+    @property
+    def revision(self) -> str:
+        """Changes with the features."""
+        return "1"
+
+    @property
+    def width(self) -> int:
+        """One for each feature, and one."""
+        return len(SURFACE_FEATURES) + 1
+
+    def _encode_one(self, text: str) -> NDArray[np.float32]:
+        import numpy as np
+
+        return unit(np.array([*surface_features(text), 1.0], np.float32))
