@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import signal
 import socket
 import statistics
 import subprocess
@@ -62,8 +61,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(command: list[str], ready_url: str, **kwargs: Any) -> Iterator[None]:
-    """Run a server until the block ends."""
+def process(command: list[str], ready_url: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server in a session of its own, as from another terminal, until the block ends."""
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT, **kwargs
@@ -78,10 +77,10 @@ def process(command: list[str], ready_url: str, **kwargs: Any) -> Iterator[None]
                     break
                 except OSError:
                     time.sleep(0.5)
-            yield
+            yield child
         finally:
             if child.poll() is None:
-                os.killpg(child.pid, signal.SIGTERM)
+                child.terminate()
                 child.wait(timeout=60)
 
 

@@ -133,9 +133,11 @@ def running_service(
         yield
     finally:
         say("stopping")
-        with suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
+        # Without a Ray of our own, Serve would look for another's, wait for it, and stop its apps.
+        if ray.is_initialized():
+            with suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
         if "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC" in env:
             folder = Path(env["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent
             shutil.rmtree(folder, ignore_errors=True)

@@ -27,7 +27,7 @@ __all__ = ["VLLMServer", "llm_config", "vllm_environment"]
 
 # LoRA ranks that vLLM has kernels for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_NO_DOWNLOAD = "deployments.vllm_callback:NoDownload"
+_NO_DOWNLOAD = "deployments.vllm_hooks:NoDownload"
 _REMOTE = ("s3://", "gs://", "abfss://", "azure://")
 
 
@@ -47,6 +47,9 @@ def vllm_environment(config: VLLMExpertConfig) -> dict[str, str]:
         # Binding threads to cores would fight with every other process on a small machine.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        if _executor(config) == "uni":
+            # vLLM takes "uni" for "mp" otherwise; the engine keeps a process of its own either way.
+            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
     return env
 
@@ -70,6 +73,7 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
     if config.device == "cpu":
         # Compiling takes two minutes at the first start and gains little on small models.
         engine_kwargs["enforce_eager"] = True
+        engine_kwargs["distributed_executor_backend"] = _executor(config)
     if config.adapters:
         engine_kwargs["enable_lora"] = True
         engine_kwargs["max_loras"] = _adapter_slots(config)
@@ -96,6 +100,18 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
         raise ExpertConfigError(
             f"expert {config.name!r}: Ray refuses the config: {problem}"
         ) from error
+
+
+def _executor(config: VLLMExpertConfig) -> str:
+    """How vLLM reaches its model on a CPU: ``uni``, in the engine's process, unless told otherwise.
+
+    With ``mp`` the engine and its worker wait for each other in loops that yield the processor and
+    take it again. On two cores everything else then stands still for seconds, streams included.
+    """
+    kwargs = config.engine_kwargs
+    parallel = max(kwargs.get("tensor_parallel_size", 1), kwargs.get("pipeline_parallel_size", 1))
+    executor = kwargs.get("distributed_executor_backend", "mp" if parallel > 1 else "uni")
+    return str(executor)
 
 
 def _adapter_slots(config: VLLMExpertConfig) -> int:
@@ -166,6 +182,10 @@ class VLLMServer:
         from ray.serve.llm.deployment import LLMServer
 
         config = llm_config(self._config, self._source, self._adapters)
+        if self._config.device == "cpu":
+            from deployments.vllm_hooks import keep_executor
+
+            keep_executor(config)
         self._server = LLMServer.sync_init(config)
         await self._server.start()
         from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig

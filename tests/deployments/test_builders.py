@@ -82,6 +82,29 @@ def test_gpu_experts_are_accepted_by_ray_serve_llm(name):
         assert all(bundle["GPU"] == 1 for bundle in engine.placement_bundles)
 
 
+@pytest.mark.parametrize(
+    ("engine_kwargs", "executor", "variable"),
+    [
+        ({}, "uni", "0"),
+        ({"tensor_parallel_size": 2}, "mp", None),
+        ({"distributed_executor_backend": "mp"}, "mp", None),
+    ],
+)
+def test_engines_on_cpus_have_one_process_unless_split(engine_kwargs, executor, variable):
+    pytest.importorskip("vllm")
+    from deployments.vllm_hooks import keep_executor
+    from deployments.vllm_server import llm_config, vllm_environment
+
+    entry = VLLMExpertConfig(
+        name="base", engine="vllm", model="some/model", device="cpu", engine_kwargs=engine_kwargs
+    )
+    made = llm_config(entry, entry.model, {})
+    keep_executor(made)
+    chosen = made.get_engine_config().get_initialization_kwargs()
+    assert chosen["distributed_executor_backend"] == executor
+    assert vllm_environment(entry).get("VLLM_ENABLE_V1_MULTIPROCESSING") == variable
+
+
 def test_cloud_adapters_are_left_to_ray_serve_llm():
     pytest.importorskip("vllm")
     from deployments.vllm_server import llm_config

@@ -53,6 +53,7 @@ def _expert(service: Service, name: str) -> OpenAIExpert:
             model=name,
             capabilities=card.capabilities,
             context_length=card.context_length,
+            max_retries=0,
         )
     )
 
@@ -75,6 +76,14 @@ def test_ask_prints_the_answer_and_the_decision(service: Service) -> None:
     assert "42" in result.stdout
     assert "model maths" in result.stderr
     assert "category maths" in result.stderr
+
+
+def test_the_model_runs_in_the_engines_process(service: Service) -> None:
+    """A worker process of its own would spin against the engine; see deployments.vllm_hooks."""
+    (replica,) = service.replicas("expert-general")
+    names = [child.name() for child in replica.children(recursive=True)]
+    assert any(name.startswith("VLLM::EngineCor") for name in names), names
+    assert not any(name.startswith("VLLM::Worker") for name in names), names
 
 
 def test_the_service_fits_into_six_gib(service: Service) -> None:
