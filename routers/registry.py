@@ -18,7 +18,17 @@ __all__ = ["ROUTERS", "get_router_class", "load_router"]
 ROUTERS: dict[str, str] = {
     "best_single": "routers.baselines:BestSingleRouter",
     "coe": "routers.coe:CoERouter",
+    "contrastive": "routers.contrastive:ContrastiveRouter",
+    "irt": "routers.irt:IRTRouter",
+    "kmeans": "routers.kmeans:KMeansRouter",
+    "knn": "routers.knn:KNNRouter",
+    "mf": "routers.mf:MFRouter",
+    "nexus": "routers.nexus:NexusRouter",
+    "pilots": "routers.pilots:PilotsRouter",
     "random": "routers.baselines:RandomRouter",
+    "ridge": "routers.ridge:RidgeRouter",
+    "tree": "routers.tree:TreeRouter",
+    "uniroute": "routers.uniroute:UniRouteRouter",
 }
 
 

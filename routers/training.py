@@ -18,35 +18,30 @@ __all__ = ["read_texts", "shrunken_means", "texts_facts"]
 
 
 def shrunken_means(
-    scores: NDArray[np.float64], labels: NDArray[np.intp], n_categories: int, shrinkage: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Mean scores by category, shrunken towards each model's mean; the last row is that mean.
+    scores: NDArray[np.float64], labels: NDArray[np.intp], n_groups: int, shrinkage: float
+) -> NDArray[np.float64]:
+    """Mean scores by group, shrunken towards each model's mean; the last row is that mean.
 
     Args:
-        scores: Shape (n_prompts, n_models), NaN for missing cells.
-        labels: Category of each prompt; may go on with those of texts without scores.
-        n_categories: Number of categories.
+        scores: Shape (n_prompts, n_models), NaN for missing cells. A model without any score has
+            the mean 0.
+        labels: Group of each prompt; may go on with those of texts without scores.
+        n_groups: Number of groups.
         shrinkage: Weight of the model's mean, in prompts.
 
     Returns:
-        Shape (n_categories + 1, n_models), and which models have any score.
+        Shape (n_groups + 1, n_models).
     """
     import numpy as np
 
     present = ~np.isnan(scores)
     filled = np.where(present, scores, 0.0)
-    kept: NDArray[np.bool_] = np.asarray(present.any(axis=0))
-    if not kept.any():
-        raise RouterError("the outcome table has no scores in this split")
     means = filled.sum(axis=0) / np.maximum(present.sum(axis=0), 1)
-    table = np.tile(means, (n_categories + 1, 1))
-    for label in range(n_categories):
-        rows = labels[: len(scores)] == label
-        count = present[rows].sum(axis=0)
-        weight = np.maximum(count + shrinkage, 1e-12)
-        shrunken = (filled[rows].sum(axis=0) + shrinkage * means) / weight
-        table[label] = np.where(count > 0, shrunken, means)
-    return table, kept
+    members = np.zeros((len(scores), n_groups))
+    members[np.arange(len(scores)), labels[: len(scores)]] = 1.0
+    count, total = members.T @ present, members.T @ filled
+    shrunken = (total + shrinkage * means) / np.maximum(count + shrinkage, 1e-12)
+    return np.vstack([np.where(count > 0, shrunken, means), means])
 
 
 def read_texts(path: str) -> list[str]:

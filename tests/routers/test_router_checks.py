@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 
 from routers.coe import CoERouter
+from routers.fitted import VectorRouter
+from routers.pilots import PilotsRouter
 from routers.registry import ROUTERS, get_router_class
 from routers.testing import router_checks
 
+
+def _maker(name):
+    """A small, quick variant: hashed words run the same code as a model does."""
+    found: Any = get_router_class(name)
+    return partial(found, encoder="hashing") if issubclass(found, VectorRouter) else found
+
+
 MAKERS = {
-    **{name: get_router_class(name) for name in ROUTERS},
-    # Hashed words: the same code without a model, and so many times faster.
-    "coe": partial(CoERouter, encoder="hashing"),
+    **{name: _maker(name) for name in ROUTERS},
     "coe, soft": partial(CoERouter, encoder="hashing", soft=True, fallback=False, C=1.0),
+    "pilots, one vote": partial(PilotsRouter, encoder="hashing", least_votes=0.0),
 }
 
 

@@ -1,0 +1,162 @@
+"""Ridge regression from a query's vector to every model's score, with exact updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from routers.base import Explanation, RouterError
+from routers.encoders import DEFAULT_ENCODER, Encoder
+from routers.fitted import TrainingRows, VectorRouter
+from routers.params import check_number, not_fitted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["RidgeRouter"]
+
+
+class RidgeRouter(VectorRouter):
+    """Predicts scores linearly from the vector; rows and models come and go without retraining.
+
+    What is kept are sums over rows, not rows: one Gram matrix per set of models that were run on
+    the same prompts, and one vector per model. Adding rows and taking them away again is exact, in
+    any order, up to rounding. Trains on 100,000 prompts in seconds; a prediction costs one product
+    with the weights, and one with the inverse Gram matrix for the uncertainty.
+
+    Args:
+        encoder: An encoder's name or an encoder.
+        penalty: Strength of the L2 penalty, in prompts: the weight of a model's mean score against
+            what its rows say.
+
+    Attributes:
+        grams_: Sums of outer products of vectors with a constant 1, shape (n_groups, width + 1,
+            width + 1).
+        groups_: The Gram matrix of each model, shape (n_models,).
+        moments_: Sums of vectors times scores, shape (n_models, width + 1).
+
+    References:
+        The algebra of DUME and IR3DE (arXiv:2606.06098) over whole models. Departs from them in
+        the inputs (sentence vectors instead of hidden states or token vectors), the targets (scores
+        instead of domains), an unpenalised constant, and in leaving weights unnormalised, so that
+        predictions are scores.
+    """
+
+    method = "ridge"
+    arrays: ClassVar = {
+        "grams": ("groups", "inputs", "inputs"),
+        "groups": ("models",),
+        "moments": ("models", "inputs"),
+    }
+
+    def __init__(self, *, encoder: str | Encoder = DEFAULT_ENCODER, penalty: float = 10.0) -> None:
+        self.encoder = encoder
+        self.penalty = penalty
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_number(self, "penalty", self.penalty, 0, low_open=True)
+
+    def _learn(self, rows: TrainingRows) -> None:
+        import numpy as np
+
+        present = ~np.isnan(rows.scores)
+        masks, groups = np.unique(present.T, axis=0, return_inverse=True)
+        inputs = _inputs(rows.vectors)
+        self.grams_ = np.array([inputs[mask].T @ inputs[mask] for mask in masks])
+        self.groups_ = groups.reshape(-1).astype(np.int64)
+        self.moments_ = np.where(present, rows.scores, 0.0).T @ inputs
+
+    def _ready(self) -> None:
+        import numpy as np
+
+        penalty = np.full(self.grams_.shape[1], self.penalty)
+        penalty[-1] = 0.0
+        regular = self.grams_ + np.diag(penalty)
+        # Where fewer rows than one were seen the constant has no say; a trace keeps it solvable.
+        regular[:, -1, -1] += 1e-9
+        self._inverses = np.linalg.inv(regular)
+        self._weights = np.array(
+            [self._inverses[g] @ m for g, m in zip(self.groups_, self.moments_, strict=True)]
+        )
+
+    def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
+        import numpy as np
+
+        inputs = np.append(given.astype(np.float64), 1.0)
+        spread = float(inputs @ self._inverses[0] @ inputs)
+        quality = (self._weights * inputs).sum(axis=1)
+        return quality, Explanation(detail={"uncertainty": max(spread, 0.0) ** 0.5})
+
+    def partial_fit(
+        self, texts: Sequence[str], scores: NDArray[np.float64], *, sign: int = 1
+    ) -> Self:
+        """Add rows, or with ``sign=-1`` take away rows that were added before.
+
+        Args:
+            texts: Prompts.
+            scores: Shape (n_prompts, n_models), without gaps, in the order of ``models``.
+            sign: 1 or -1.
+
+        Raises:
+            RouterError: It is not fitted, or the scores do not fit.
+        """
+        import numpy as np
+
+        if self.models_ is None:
+            raise not_fitted(self)
+        if scores.shape != (len(texts), len(self.models_)) or np.isnan(scores).any():
+            raise RouterError(
+                f"scores must have the shape ({len(texts)}, {len(self.models_)}) without gaps"
+            )
+        inputs = _inputs(self._encode_all(texts))
+        self.grams_ = self.grams_ + sign * (inputs.T @ inputs)
+        self.moments_ = self.moments_ + sign * (scores.T @ inputs)
+        self._ready()
+        return self
+
+    def add_model(
+        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
+    ) -> Self:
+        """Add a model from its scores on some prompts, any prompts; the others are untouched.
+
+        Raises:
+            RouterError: The name is taken, or texts and scores do not match.
+        """
+        import numpy as np
+
+        values = self._scores_of_new(name, texts, scores)
+        inputs = _inputs(self._encode_all(texts))
+        self.grams_ = np.concatenate([self.grams_, (inputs.T @ inputs)[None]])
+        self.groups_ = np.append(self.groups_, len(self.grams_) - 1)
+        self.moments_ = np.vstack([self.moments_, values @ inputs])
+        self.models_ = [*self.models, name]
+        self._ready()
+        return self
+
+    def remove_model(self, name: str) -> Self:
+        """Forget a model.
+
+        Raises:
+            RouterError: It is unknown, or the only one.
+        """
+        import numpy as np
+
+        models = self.models
+        if name not in models or len(models) == 1:
+            raise RouterError(f"cannot remove {name!r} from {', '.join(map(repr, models))}")
+        kept = [j for j, other in enumerate(models) if other != name]
+        used, groups = np.unique(self.groups_[kept], return_inverse=True)
+        self.grams_, self.groups_ = self.grams_[used], groups.astype(np.int64)
+        self.moments_ = self.moments_[kept]
+        self.models_ = [models[j] for j in kept]
+        self._ready()
+        return self
+
+
+def _inputs(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Vectors with a constant 1 behind, shape (n_rows, width + 1)."""
+    import numpy as np
+
+    return np.hstack([vectors.astype(np.float64), np.ones((len(vectors), 1))])

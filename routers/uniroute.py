@@ -1,0 +1,99 @@
+"""UniRoute: a model is its error rate per cluster of prompts, so new models need no retraining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from routers.base import Explanation
+from routers.clusters import cluster, soft_memberships
+from routers.encoders import DEFAULT_ENCODER, Encoder
+from routers.fitted import TrainingRows, VectorRouter
+from routers.params import check_number
+from routers.training import shrunken_means
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["UniRouteRouter"]
+
+
+class UniRouteRouter(VectorRouter):
+    """Clusters come from prompts alone; each model is described by its mean errors in them.
+
+    ``add_model`` describes a model that training never saw, from its scores on a few hundred
+    prompts of any kind.
+
+    Args:
+        encoder: An encoder's name or an encoder.
+        n_clusters: Number of clusters; few enough that a new model's prompts reach all of them.
+        top_k: How many of the nearest clusters count, in training and in predicting.
+        beta: How fast a cluster's weight falls with its cosine distance.
+        shrinkage: Number of prompts with the model's mean error that each cluster's is mixed with.
+        random_state: Seed of the initial centres.
+
+    Attributes:
+        centres_: Unit vectors, shape (n_clusters, width).
+        errors_: Error rates, shape (n_models, n_clusters): the paper's Psi.
+
+    References:
+        Jitkrittum et al., "Universal Model Routing for Efficient LLM Inference"
+        (arXiv:2502.08773), the k-means variant. Departs from it in the soft memberships and in
+        shrinking error rates, without which a cluster that a new model has two prompts of is noise.
+    """
+
+    method = "uniroute"
+    arrays: ClassVar = {"centres": ("clusters", "width"), "errors": ("models", "clusters")}
+
+    def __init__(
+        self,
+        *,
+        encoder: str | Encoder = DEFAULT_ENCODER,
+        n_clusters: int = 24,
+        top_k: int = 3,
+        beta: float = 9.0,
+        shrinkage: float = 10.0,
+        random_state: int = 0,
+    ) -> None:
+        self.encoder = encoder
+        self.n_clusters = n_clusters
+        self.top_k = top_k
+        self.beta = beta
+        self.shrinkage = shrinkage
+        self.random_state = random_state
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_number(self, "n_clusters", self.n_clusters, 1)
+        check_number(self, "top_k", self.top_k, 1)
+        check_number(self, "beta", self.beta, 0)
+        check_number(self, "shrinkage", self.shrinkage, 0)
+        check_number(self, "random_state", self.random_state, 0)
+
+    def _learn(self, rows: TrainingRows) -> None:
+        self.centres_, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
+        means = shrunken_means(rows.scores, labels, len(self.centres_), float(self.shrinkage))
+        self.errors_ = 1.0 - means[:-1].T
+
+    def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
+        nearest, weights = soft_memberships(self.centres_, given, self.top_k, self.beta)
+        error = (self.errors_[:, nearest] * weights).sum(axis=1)
+        return 1.0 - error, Explanation(detail={"cluster": int(nearest[0])})
+
+    def add_model(
+        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
+    ) -> Self:
+        """Describe a new model by its scores on some prompts; the others are untouched.
+
+        Raises:
+            RouterError: The name is taken, or texts and scores do not match.
+        """
+        import numpy as np
+
+        values = self._scores_of_new(name, texts, scores)
+        labels = np.array([int((self.centres_ @ v).argmax()) for v in self._encode_all(texts)])
+        means = shrunken_means(values[:, None], labels, len(self.centres_), float(self.shrinkage))
+        self.errors_ = np.vstack([self.errors_, 1.0 - means[:-1].T])
+        self.models_ = [*self.models, name]
+        return self

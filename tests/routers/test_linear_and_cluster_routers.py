@@ -1,0 +1,138 @@
+"""What the battery does not see: incremental updates, ties, missing cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from routers.base import Query, RouterError
+from routers.kmeans import KMeansRouter
+from routers.knn import KNNRouter
+from routers.outcomes import OutcomeTable, Prompts
+from routers.pilots import PilotsRouter, _votes
+from routers.ridge import RidgeRouter
+from routers.testing import MODELS, example_table
+from routers.uniroute import UniRouteRouter
+
+QUERIES = [Query("bake bread onion soup"), Query("tenant court appeal"), Query("river city music")]
+
+
+def _quality(router, models=MODELS):
+    return router.predict(QUERIES, list(models)).quality
+
+
+def _part(table, rows, *, models=MODELS):
+    columns = [table.models.index(name) for name in models]
+    return OutcomeTable(
+        table.prompts.take(rows),
+        models=models,
+        numbers={"score": table.scores("all")[rows][:, columns]},
+    )
+
+
+def test_ridge_equals_scikit_learns():
+    from sklearn.linear_model import Ridge
+
+    table = example_table()
+    router = RidgeRouter(encoder="hashing", penalty=3.0).fit(table)
+    encoder = router._encoder()
+    model = Ridge(alpha=3.0).fit(
+        encoder.encode(table.with_prompts_of("train").texts).astype(float), table.scores("train")
+    )
+    wanted = model.predict(encoder.encode([query.text for query in QUERIES]).astype(float))
+    assert _quality(router) == pytest.approx(wanted.clip(0, 1), abs=1e-5)
+
+
+def test_ridge_adds_and_takes_away_rows_exactly():
+    table = example_table()
+    train, rest = table.rows("train"), table.rows("validation")
+    whole = RidgeRouter(encoder="hashing").fit(_part(table, [*train, *rest]), split="all")
+    router = RidgeRouter(encoder="hashing").fit(_part(table, train), split="all")
+    first = _quality(router)
+    more = table.prompts.take(rest).texts, table.scores("validation")
+    router.partial_fit(*more)
+    assert _quality(router) == pytest.approx(_quality(whole), abs=1e-5)
+    router.partial_fit(*more, sign=-1)
+    assert _quality(router) == pytest.approx(first, abs=1e-5)
+
+
+def test_ridge_adds_and_removes_models_exactly():
+    table = example_table()
+    texts = table.with_prompts_of("train").texts
+    router = RidgeRouter(encoder="hashing").fit(table.restricted_to(["cook", "generalist"]))
+    router.add_model("lawyer", texts, table.scores("train")[:, 2])
+    whole = RidgeRouter(encoder="hashing").fit(table)
+    assert _quality(router) == pytest.approx(_quality(whole), abs=1e-6)
+    router.remove_model("cook")
+    assert router.models == ["generalist", "lawyer"]
+    both = ["generalist", "lawyer"]
+    assert _quality(router, both) == pytest.approx(_quality(whole, both), abs=1e-6)
+
+
+def test_ridge_is_less_certain_of_what_it_has_not_seen():
+    router = RidgeRouter(encoder="hashing").fit(example_table())
+    seen, unseen = router.predict([QUERIES[0], Query("zebra quantum flux")], MODELS).explanations
+    assert seen.detail["uncertainty"] < unseen.detail["uncertainty"]
+
+
+def test_ridge_refuses_what_does_not_fit():
+    router = RidgeRouter(encoder="hashing").fit(example_table())
+    with pytest.raises(RouterError, match="shape"):
+        router.partial_fit(["one"], np.zeros((2, 3)))
+    with pytest.raises(RouterError, match="already"):
+        router.add_model("cook", ["one"], [1.0])
+    with pytest.raises(RouterError, match="lie in"):
+        router.add_model("new", ["one"], [np.nan])
+    with pytest.raises(RouterError, match="cannot remove"):
+        router.remove_model("nobody")
+
+
+@pytest.mark.parametrize("make", [RidgeRouter, KNNRouter, KMeansRouter, UniRouteRouter])
+def test_missing_cells_are_left_out_not_taken_for_failures(make):
+    table = example_table(per_split=240)
+    scores = table.scores("all")
+    # The lawyer was only run where it is good.
+    law = np.array([category == "law" for category in table.prompts.categories or ()])
+    scores[~law, 2] = np.nan
+    part = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    quality = _quality(make(encoder="hashing").fit(part))
+    assert (quality[:, 2] > 0.6).all()
+
+
+def test_a_new_model_needs_no_retraining():
+    table = example_table(per_split=240)
+    texts = table.with_prompts_of("validation").texts
+    router = UniRouteRouter(encoder="hashing", n_clusters=6).fit(
+        table.restricted_to(["cook", "generalist"])
+    )
+    before = _quality(router, ["cook", "generalist"])
+    router.add_model("lawyer", texts, table.scores("validation")[:, 2])
+    assert _quality(router, ["cook", "generalist"]).tobytes() == before.tobytes()
+    assert _quality(router).argmax(axis=1)[1] == 2
+    with pytest.raises(RouterError, match="already"):
+        router.add_model("lawyer", texts, table.scores("validation")[:, 2])
+
+
+def test_ties_share_their_vote_and_ties_of_all_say_nothing():
+    nan = np.nan
+    scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.2, nan, 0.1], [nan, 0.0, 0.0]])
+    assert _votes(scores).tolist() == [[0.5, 0.5, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_pilots_lie_where_their_model_won():
+    table = example_table()
+    winner = {"cooking": 0, "general": 1, "law": 2}
+    scores = np.zeros((len(table.prompts), 3))
+    for row, category in enumerate(table.prompts.categories or ()):
+        scores[row, winner[category]] = 1.0
+    clear = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    router = PilotsRouter(encoder="hashing").fit(clear)
+    assert router.winners_.tolist() == [0, 1, 2]
+    assert _quality(router).argmax(axis=1).tolist() == [0, 2, 1]
+
+
+def test_pilots_without_any_vote_predict_by_means():
+    prompts = Prompts(["a", "b"], ["one", "two"])
+    table = OutcomeTable(prompts, models=["x", "y"], numbers={"score": np.ones((2, 2))})
+    router = PilotsRouter(encoder="hashing").fit(table, split="all")
+    assert router.predict(QUERIES, ["x", "y"]).quality.shape == (3, 2)
