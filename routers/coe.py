@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from routers.assignment import assign
 from routers.base import Explanation, RouterError
 from routers.category_classifier import (
     CategoryClassifier,
@@ -30,6 +31,10 @@ __all__ = ["CoERouter"]
 FOLDS = 5
 # Coarse, so that the threshold does not follow single validation prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
+
+
+# Small enough to say nothing else, large enough to survive single precision.
+BELOW_PICK = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,9 @@ class CoERouter(VectorRouter):
     one whose decisions score best on held-out prompts; of equally good ones the median, as far
     from trusting everything as from trusting nothing.
 
+    Budgets of parameters make the table a plan: an integer programme picks each category's expert
+    (``routers.assignment``), and quality predicted for the others is cut to just below the pick's.
+
     Trains in seconds besides encoding (1 ms a short prompt, 10 ms one of 256 tokens). A prediction
     costs one encoding and about 0.05 ms. Models without a training score cannot be predicted for.
 
@@ -70,6 +78,9 @@ class CoERouter(VectorRouter):
         general_category: Name of the category to fall back to.
         general_texts: A JSON-lines file of objects with ``text``: further texts of that category
             for the classifier to learn from. They need no scores.
+        max_total_params_b: Budget of parameters that all experts in use may have together, in
+            billions; needs ``total_params_b`` of every model in ``models.json``.
+        max_active_params_b: Budget of active parameters of an average answer, in billions.
         random_state: Seed of the folds, used only where there is no validation split.
 
     Attributes:
@@ -107,6 +118,8 @@ class CoERouter(VectorRouter):
         distance_quantile: float = 0.99,
         general_category: str = "general",
         general_texts: str | None = None,
+        max_total_params_b: float | None = None,
+        max_active_params_b: float | None = None,
         random_state: int = 0,
     ) -> None:
         self.encoder = encoder
@@ -117,6 +130,8 @@ class CoERouter(VectorRouter):
         self.distance_quantile = distance_quantile
         self.general_category = general_category
         self.general_texts = general_texts
+        self.max_total_params_b = max_total_params_b
+        self.max_active_params_b = max_active_params_b
         self.random_state = random_state
 
     def _check_params(self) -> None:
@@ -130,6 +145,11 @@ class CoERouter(VectorRouter):
         check_text(self, "general_category", self.general_category)
         if self.general_texts is not None:
             check_text(self, "general_texts", self.general_texts)
+        for name in ("max_total_params_b", "max_active_params_b"):
+            if getattr(self, name) is not None:
+                check_number(self, name, getattr(self, name), 0, low_open=True)
+        if self.soft and self._has_budget():
+            raise RouterError("budgets need one category per query: leave out soft=true")
 
     def _learn(self, rows: TrainingRows) -> None:
         """Learn from one split; calibrate on the split ``validation``, else by cross-validation."""
@@ -149,6 +169,8 @@ class CoERouter(VectorRouter):
             vectors = np.concatenate([vectors, self._encode_all(extra)])
         classifier = fit_classifier(vectors, labels, categories, C=self.C)
         table = shrunken_means(rows.scores, labels, len(categories), float(self.shrinkage))
+        if self._has_budget():
+            table = self._planned(table, labels[: len(rows)], rows)
         self.quality_, self.mean_ = table[:-1], table[-1]
         self.categories_ = categories
         held_out = self._held_out(rows, classifier, vectors, labels)
@@ -168,6 +190,31 @@ class CoERouter(VectorRouter):
         self.classifier_ = CategoryClassifier(
             self.categories_ or [], self.weights_, self.biases_, self.centroids_, self.temperature_
         )
+
+    def _has_budget(self) -> bool:
+        return self.max_total_params_b is not None or self.max_active_params_b is not None
+
+    def _planned(
+        self, table: NDArray[np.float64], labels: NDArray[np.intp], rows: TrainingRows
+    ) -> NDArray[np.float64]:
+        """Quality by category (last: of all prompts), none above that of the category's pick."""
+        import numpy as np
+
+        # The row of all prompts is used for queries of no known category: few, but some.
+        weights = np.append(np.bincount(labels, minlength=len(table) - 1) / len(labels), 1e-6)
+        total, active = self.max_total_params_b, self.max_active_params_b
+        picks = assign(
+            table,
+            weights,
+            total_params_b=None if total is None else _sizes(rows, "total_params_b"),
+            max_total_params_b=total,
+            active_params_b=None if active is None else _sizes(rows, "active_params_b"),
+            max_active_params_b=active,
+        )
+        best = table[np.arange(len(table)), picks]
+        planned = np.minimum(table, best[:, None] - BELOW_PICK)
+        planned[np.arange(len(table)), picks] = best
+        return np.asarray(planned.clip(0.0))
 
     def _held_out(
         self,
@@ -259,3 +306,16 @@ class CoERouter(VectorRouter):
             fallback=unsure and names[best] != self.general_category,
             detail=dict(zip(names, posterior.tolist(), strict=True)),
         )
+
+
+def _sizes(rows: TrainingRows, name: str) -> NDArray[np.float64]:
+    """Total or active parameters of each model in billions; all are active where unsaid."""
+    import numpy as np
+
+    found = [card.get(name) or card.get("total_params_b") for card in rows.cards]
+    if lacking := [m for m, size in zip(rows.models, found, strict=True) if not size]:
+        raise RouterError(
+            f"a budget needs {name!r} of every model in models.json; missing for "
+            + ", ".join(map(repr, lacking))
+        )
+    return np.array(found, np.float64)

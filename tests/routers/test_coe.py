@@ -198,3 +198,44 @@ def test_wrong_hyper_parameters_are_refused(params, message):
     with pytest.raises(RouterError) as caught:
         CoERouter(**{"encoder": "hashing", **params}).fit(example_table())
     assert message in str(caught.value)
+
+
+def _sized_table():
+    table = example_table()
+    cards = {
+        "cook": {"total_params_b": 7.0},
+        "generalist": {"total_params_b": 70.0, "active_params_b": 13.0},
+        "lawyer": {"total_params_b": 9.0},
+    }
+    return OutcomeTable(
+        table.prompts, models=MODELS, numbers={"score": table.scores("all")}, cards=cards
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [
+        ({"max_total_params_b": 100.0}, {"cook", "generalist", "lawyer"}),
+        ({"max_total_params_b": 16.0}, {"cook", "lawyer"}),
+        ({"max_active_params_b": 8.0}, {"cook", "lawyer"}),
+    ],
+)
+def test_budgets_are_kept_to(budget, chosen):
+    router = CoERouter(encoder="hashing", **budget).fit(_sized_table())
+    texts = example_table().with_prompts_of("test").texts
+    quality = router.predict([Query(text) for text in texts], MODELS).quality
+    assert {MODELS[column] for column in quality.argmax(axis=1)} == chosen
+
+
+def test_budgets_need_sizes_and_one_category_per_query():
+    with pytest.raises(RouterError, match="missing for 'generalist', 'lawyer'"):
+        CoERouter(encoder="hashing", max_total_params_b=9.0).fit(
+            OutcomeTable(
+                example_table().prompts,
+                models=MODELS,
+                numbers={"score": example_table().scores("all")},
+                cards={"cook": {"total_params_b": 7.0}},
+            )
+        )
+    with pytest.raises(RouterError, match="leave out soft=true"):
+        CoERouter(encoder="hashing", max_total_params_b=9.0, soft=True).fit(_sized_table())
