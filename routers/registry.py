@@ -17,6 +17,8 @@ __all__ = ["ROUTERS", "get_router_class", "load_router"]
 
 ROUTERS: dict[str, str] = {
     "best_single": "routers.baselines:BestSingleRouter",
+    "blend": "routers.blend:BlendRouter",
+    "c3po": "routers.c3po:C3PORouter",
     "coe": "routers.coe:CoERouter",
     "contrastive": "routers.contrastive:ContrastiveRouter",
     "irt": "routers.irt:IRTRouter",

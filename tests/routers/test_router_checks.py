@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from routers.blend import BlendRouter
+from routers.c3po import C3PORouter
 from routers.coe import CoERouter
 from routers.fitted import VectorRouter
 from routers.pilots import PilotsRouter
@@ -22,6 +24,13 @@ def _maker(name):
 
 MAKERS = {
     **{name: _maker(name) for name in ROUTERS},
+    "c3po": partial(C3PORouter, base="kmeans encoder=hashing", encoder="hashing"),
+    "blend": partial(
+        BlendRouter, members=["coe encoder=hashing soft=true", "ridge encoder=hashing"], folds=3
+    ),
+    "blend, of all": partial(
+        BlendRouter, members=["tree", "knn encoder=hashing", "random"], folds=2, tolerance=0.0
+    ),
     "coe, soft": partial(CoERouter, encoder="hashing", soft=True, fallback=False, C=1.0),
     "pilots, one vote": partial(PilotsRouter, encoder="hashing", least_votes=0.0),
 }

@@ -1,0 +1,110 @@
+"""The blend takes what held-out prompts speak for, and the simplest of equals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from routers.base import Query, RouterError
+from routers.blend import BlendRouter, _greedy, _least_squares, _not_clearly_below
+from routers.c3po import C3PORouter
+from routers.outcomes import OutcomeTable, Prompts
+from routers.registry import load_router
+from routers.testing import MODELS, example_table
+
+COE, KMEANS = "coe encoder=hashing soft=true fallback=false", "kmeans encoder=hashing"
+
+
+def test_a_member_that_knows_beats_one_that_guesses():
+    router = BlendRouter(members=["random", COE]).fit(example_table(per_split=120))
+    assert router.metrics_["chosen"] == COE
+    scores = router.metrics_["held_out_scores"]
+    assert scores[COE] > scores["random"] + 0.2
+    assert len(router.members_) == 1
+
+
+def test_the_simplest_of_equals_is_taken():
+    router = BlendRouter(members=[COE, COE.replace("hashing", "hashing+surface")]).fit(
+        example_table(per_split=120)
+    )
+    assert router.metrics_["chosen"] == COE
+
+
+def test_explanations_come_from_the_member_that_knows_categories():
+    router = BlendRouter(members=[KMEANS, COE], tolerance=0.0).fit(example_table(per_split=120))
+    [explanation] = router.predict([Query("court judge")], MODELS).explanations
+    used = {member.method for member in router.members_}
+    assert explanation.category == ("law" if "coe" in used else None)
+
+
+def test_members_that_need_categories_are_left_out_of_a_table_without():
+    table = example_table()
+    prompts = Prompts(table.prompts.ids, table.prompts.texts, None, table.prompts.splits)
+    bare = OutcomeTable(prompts, models=MODELS, numbers={"score": table.scores("all")})
+    router = BlendRouter(members=[COE, KMEANS]).fit(bare)
+    assert list(router.metrics_["skipped"]) == [COE]
+    with pytest.raises(RouterError, match="no member can learn"):
+        BlendRouter(members=[COE]).fit(bare)
+
+
+def test_an_artefact_with_a_foreign_member_is_refused(tmp_path):
+    BlendRouter(members=[COE, KMEANS]).fit(example_table()).save(tmp_path / "blend")
+    manifest = tmp_path / "blend" / "manifest.json"
+    text = manifest.read_text()
+    assert '"method": "coe"' in text
+    manifest.write_text(text.replace('"method": "coe"', '"method": "os:system"'))
+    with pytest.raises(RouterError, match="unknown router 'os:system'"):
+        load_router(tmp_path / "blend")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ("kmeans", "must be a list"),
+        ([], "must be a list"),
+        (["no_such"], "unknown router 'no_such'"),
+        (["kmeans C=1"], "unknown parameter 'C'"),
+        (["kmeans top_k=0"], "'top_k' parameter"),
+    ],
+)
+def test_bad_members_are_refused(members, message):
+    with pytest.raises(RouterError, match=message):
+        BlendRouter(members=members).fit(example_table())
+
+
+def test_least_squares_finds_the_mixture():
+    rng = np.random.default_rng(0)
+    predictions = rng.random((2, 300, 4))
+    scores = 0.75 * predictions[0] + 0.25 * predictions[1]
+    scores[::7, 1] = np.nan
+    assert _least_squares(predictions, scores) == pytest.approx([0.75, 0.25], abs=1e-6)
+
+
+def test_greedy_ignores_a_useless_member():
+    rng = np.random.default_rng(0)
+    scores = rng.random((200, 4))
+    predictions = np.array([rng.random((200, 4)), scores])
+    assert _greedy(predictions, scores).argmax() == 1
+
+
+def test_clearly_below_is_measured_on_the_same_prompts():
+    best = np.array([1.0, 0.0, 1.0, 1.0] * 25)
+    assert _not_clearly_below(best.copy(), best, 0.0)
+    assert not _not_clearly_below(best - 0.5, best, 1.0)
+    assert _not_clearly_below(np.roll(best, 1), best, 1.0)
+
+
+def test_c3po_mixes_base_and_solved_neighbours():
+    table = example_table()
+    queries = [Query(text) for text in table.with_prompts_of("test").texts]
+    prior = C3PORouter(base=KMEANS, encoder="hashing", prior=1.0).fit(table)
+    base, neighbours = prior.members_
+    mixed = C3PORouter(base=KMEANS, encoder="hashing", prior=0.25).fit(table)
+    wanted = (
+        0.25 * base.predict(queries, MODELS).quality
+        + 0.75 * neighbours.predict(queries, MODELS).quality
+    )
+    assert mixed.predict(queries, MODELS).quality == pytest.approx(wanted, abs=1e-6)
+    # Only prompts that somebody solved are neighbours.
+    solved = (table.scores("train").max(axis=1) >= 0.5).sum()
+    assert len(neighbours.neighbours_) == solved
