@@ -37,7 +37,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
         "mmlu_pro",
         (
             "Phi-3-mini-4k-instruct",
-            "mathstral-7B-v0.1",
+            "mathstral-7B",
             "Meta-Llama-3_1-8B-Instruct",
             "Mixtral-8x7B-Instruct-v0.1",
             "Qwen1.5-72B-Chat",
@@ -46,7 +46,12 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "mmlu_pro frontier": (
         "mmlu_pro",
-        ("gpt-4o", "gemini-1.5-pro", "gemini-1.5-flash", "Meta-Llama-3_1-70B-Instruct"),
+        (
+            "gpt-4o-2024-05-13",
+            "gemini-1.5-pro-002",
+            "gemini-1.5-flash-002",
+            "Meta-Llama-3_1-70B-Instruct",
+        ),
     ),
 }
 
