@@ -7,20 +7,30 @@ scores. Nothing here prints.
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from evals.metrics import (
     Estimate,
+    Point,
+    aiq,
     best_single_choice,
     bootstrap_mean,
+    calibration_error,
     chosen,
+    cost_save,
     gap_closed,
     macro_mean,
     oracle_scores,
     paired_difference,
+    pareto_distance,
+    perf_gain,
     random_scores,
+    recall_at,
+    regret,
 )
 from experts.types import ExpertCard
 from orchestrator.policies import UtilityPolicy, expected_cost_usd, relative_costs
@@ -32,10 +42,22 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Decisions", "Evaluation", "Line", "decide", "decisions_sha256", "judge", "shared_pool"]
+__all__ = [
+    "Decisions",
+    "Evaluation",
+    "Figures",
+    "Line",
+    "decide",
+    "decisions_sha256",
+    "judge",
+    "shared_pool",
+]
 
 # As in serving (orchestrator.pool): English text has about four characters per token.
 CHARACTERS_PER_TOKEN = 4
+# Where the cost-quality curve is drawn.
+KNOBS = tuple(step / 20 for step in range(21))
+RARE_WINNERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +73,8 @@ class Decisions:
         cost_quality: The policy's knob.
         fallbacks: For how many prompts the router fell back to its general category.
         sha256: Hash of the decisions; see ``decisions_sha256``.
+        seconds: How long predicting took, encoding included.
+        sweep: The choices at other values of the knob, for the cost-quality curve.
     """
 
     name: str
@@ -61,6 +85,8 @@ class Decisions:
     cost_quality: float
     fallbacks: int
     sha256: str
+    seconds: float = float("nan")
+    sweep: dict[float, NDArray[np.intp]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -95,6 +121,35 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Figures:
+    """What is measured of a router besides its mean score.
+
+    Attributes:
+        regret: Score lost against the oracle.
+        recall: Whether the model predicted best is right, on prompts that some model gets right.
+        rare_recall: The same on prompts that at most three models get right.
+        recall_3: Whether one of the three predicted best is right.
+        calibration_error: Expected calibration error of the predicted quality.
+        microseconds: Time of one decision.
+        curve: Mean cost and score along the knob.
+        aiq, perf_gain, cost_save, pareto_distance: Of the curve; see ``evals.metrics``. NaN where
+            costs are unknown.
+    """
+
+    regret: Estimate
+    recall: Estimate
+    rare_recall: Estimate
+    recall_3: Estimate
+    calibration_error: float
+    microseconds: float
+    curve: dict[float, Point]
+    aiq: float = float("nan")
+    perf_gain: float = float("nan")
+    cost_save: float = float("nan")
+    pareto_distance: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Everything a report shows.
 
@@ -104,6 +159,7 @@ class Evaluation:
             lengths where nothing was measured, or billions of ``active params`` without prices.
         table_sha256: Hash of the table's contents.
         decisions: Hash of each router's decisions, taken before any score was read.
+        figures: Further figures of each router.
         notes: What a reader must know to read the numbers right.
     """
 
@@ -117,6 +173,7 @@ class Evaluation:
     fallbacks: dict[str, int]
     lines: list[Line]
     notes: list[str]
+    figures: dict[str, Figures] = field(default_factory=dict)
 
 
 def shared_pool(
@@ -164,16 +221,12 @@ def decide(
     Costs are those a service expects: prices of the cards, estimated prompt length and a typical
     answer; see ``orchestrator.policies``.
     """
-    import numpy as np
-
     prompts = table.with_prompts_of(split)
+    started = time.perf_counter()
     prediction = router.predict([Query(text) for text in prompts.texts], candidates)
-    policy = UtilityPolicy(cost_quality)
-    cards = [table.card(model) for model in candidates]
-    choice = np.empty(len(prompts), np.intp)
-    for row, text in enumerate(prompts.texts):
-        costs = relative_costs(cards, _expected_usd(cards, text))
-        choice[row] = policy.choose(prediction.quality[row].tolist(), costs)[0]
+    seconds = time.perf_counter() - started
+    relative = _relative_costs([table.card(model) for model in candidates], prompts.texts)
+    choice = UtilityPolicy(cost_quality).choose_all(prediction.quality, relative)
     models = [candidates[int(j)] for j in choice]
     return Decisions(
         name=name,
@@ -184,6 +237,10 @@ def decide(
         cost_quality=cost_quality,
         fallbacks=sum(explanation.fallback for explanation in prediction.explanations),
         sha256=decisions_sha256(prompts.ids, models),
+        seconds=seconds,
+        sweep={
+            knob: UtilityPolicy(knob).choose_all(prediction.quality, relative) for knob in KNOBS
+        },
     )
 
 
@@ -221,7 +278,43 @@ def judge(decisions: Sequence[Decisions], table: OutcomeTable, *, split: str) ->
         fallbacks={d.name: d.fallbacks for d in decisions},
         lines=[maker.compared(line) for line in lines],
         notes=notes,
+        figures=_figures(decisions, maker),
     )
+
+
+def _figures(decisions: Sequence[Decisions], maker: _LineMaker) -> dict[str, Figures]:
+    """Figures of every router; their curves share one Pareto frontier with all single models."""
+    curves = {
+        d.name: {knob: maker.point(choice) for knob, choice in d.sweep.items()} for d in decisions
+    }
+    single = [maker.point(maker.constant(j)) for j in range(len(maker.candidates))]
+    everybody = [*single, *(point for curve in curves.values() for point in curve.values())]
+    priced = all(math.isfinite(point.cost) for point in everybody)
+    best = max(single, key=lambda point: point.score)
+    figures = {}
+    for d in decisions:
+        points = list(curves[d.name].values())
+        known = Figures(
+            regret=bootstrap_mean(regret(maker.scores, maker.costs, d.choice)),
+            recall=bootstrap_mean(recall_at(1, d.quality, maker.scores)),
+            rare_recall=bootstrap_mean(
+                recall_at(1, d.quality, maker.scores, at_most_winners=RARE_WINNERS)
+            ),
+            recall_3=bootstrap_mean(recall_at(3, d.quality, maker.scores)),
+            calibration_error=calibration_error(d.quality, maker.scores),
+            microseconds=d.seconds / max(len(d.prompts), 1) * 1e6,
+            curve=curves[d.name],
+        )
+        if priced and points:
+            known = replace(
+                known,
+                aiq=aiq(points),
+                perf_gain=perf_gain(points, best),
+                cost_save=cost_save(points, best),
+                pareto_distance=pareto_distance(points, everybody),
+            )
+        figures[d.name] = known
+    return figures
 
 
 def _costs(
@@ -235,15 +328,28 @@ def _costs(
         return costs, "USD"
     cards = [table.card(model) for model in candidates]
     if any(card.input_usd_per_mtok or card.output_usd_per_mtok for card in cards):
-        rows = [_expected_usd(cards, text) for text in prompts.texts]
-        return np.array(rows), "expected USD"
+        return _expected_usd(cards, prompts.texts), "expected USD"
     sizes = [card.active_params_b or card.total_params_b or float("nan") for card in cards]
     return np.tile(sizes, (len(prompts), 1)), "active params (B)"
 
 
-def _expected_usd(cards: Sequence[ExpertCard], text: str) -> list[float]:
-    tokens = len(text) // CHARACTERS_PER_TOKEN
-    return [expected_cost_usd(card, tokens) for card in cards]
+def _expected_usd(cards: Sequence[ExpertCard], texts: Sequence[str]) -> NDArray[np.float64]:
+    """Expected cost of each prompt with each model, shape (n_prompts, n_models)."""
+    import numpy as np
+
+    tokens = {len(text) // CHARACTERS_PER_TOKEN for text in texts}
+    known = {count: [expected_cost_usd(card, count) for card in cards] for count in tokens}
+    return np.array([known[len(text) // CHARACTERS_PER_TOKEN] for text in texts])
+
+
+def _relative_costs(cards: Sequence[ExpertCard], texts: Sequence[str]) -> NDArray[np.float64]:
+    """What the policy weighs, as in serving, shape (n_prompts, n_models)."""
+    import numpy as np
+
+    costs = _expected_usd(cards, texts)
+    known = {row.tobytes(): row for row in costs}
+    relative = {key: relative_costs(cards, row.tolist()) for key, row in known.items()}
+    return np.array([relative[row.tobytes()] for row in costs])
 
 
 def _notes(table: OutcomeTable, scores: NDArray[np.float64]) -> list[str]:
@@ -294,9 +400,18 @@ class _LineMaker:
         self.prompts = prompts
         self.candidates = candidates
         self.scores = scores
-        self._costs = costs
+        self.costs = costs
         self._values: dict[tuple[str, str], NDArray[np.float64]] = {}
         self._means: dict[str, float] = {}
+
+    def point(self, choice: NDArray[np.intp]) -> Point:
+        """Mean cost and score of a choice."""
+        import numpy as np
+
+        costs, scores = chosen(self.costs, choice), chosen(self.scores, choice)
+        cost = float(np.nanmean(costs)) if not np.isnan(costs).all() else float("nan")
+        score = float(np.nanmean(scores)) if not np.isnan(scores).all() else float("nan")
+        return Point(cost, score)
 
     def constant(self, model: int) -> NDArray[np.intp]:
         """The choice of one model for every prompt."""
@@ -310,7 +425,7 @@ class _LineMaker:
 
         counts = np.bincount(choice, minlength=len(self.candidates)) / max(len(choice), 1)
         shares = {m: float(c) for m, c in zip(self.candidates, counts, strict=True) if c > 0}
-        costs = chosen(self._costs, choice)
+        costs = chosen(self.costs, choice)
         known = costs[~np.isnan(costs)]
         cost = float(known.mean()) if len(known) else float("nan")
         return self.values(name, kind, chosen(self.scores, choice), cost, shares)
@@ -340,8 +455,6 @@ class _LineMaker:
 
     def compared(self, line: Line) -> Line:
         """The line with its differences to random and best single."""
-        from dataclasses import replace
-
         values = self._values[line.kind, line.name]
         versus = {
             other: paired_difference(values, self._values["baseline", other])

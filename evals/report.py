@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evals.evaluate import Decisions, Evaluation, Line
+from evals.evaluate import Decisions, Evaluation, Figures, Line
 from evals.metrics import Estimate
 from routers.base import RouterError
 
@@ -19,6 +20,20 @@ COLOURS = {"router": "#2a6f97", "baseline": "#8a8f98", "bound": "#c9a227", "mode
 MACRO = "mean of the category means"
 GAP = "share of the way from best single to oracle"
 BOUND = "no deployed router can reach it"
+
+
+FIGURES = {
+    "regret": "score lost against the oracle",
+    "recall@1": "the model predicted best is right, of prompts that some model gets right",
+    "recall@3": "one of the three predicted best is right",
+    "rare@1": "recall@1 where at most three models are right",
+    "ECE": "expected calibration error of the predicted quality",
+    "AIQ": "mean height of the cost-quality curve's convex hull",
+    "PerfGain": "best score on the curve, relative to the best single model's",
+    "CostSave": "cost saved where the curve is as good as the best single model",
+    "ParetoDist": "mean distance of the curve to the Pareto frontier of all",
+    "us": "microseconds per decision, in one process, encoding included",
+}
 
 
 def as_text(evaluation: Evaluation) -> str:
@@ -41,6 +56,8 @@ def as_text(evaluation: Evaluation) -> str:
         parts = sorted(line.shares.items(), key=lambda item: -item[1])
         lines.append(f"  {line.name}: " + ", ".join(f"{m} {share:.1%}" for m, share in parts))
         lines.append(f"  {line.name}: {evaluation.fallbacks[line.name]} fallbacks")
+    lines += ["", "Further figures of the routers", "", *_aligned(_figure_rows(evaluation))]
+    lines += ["", *(f"{name}: {meaning}" for name, meaning in FIGURES.items())]
     lines += ["", f"table sha256      {evaluation.table_sha256}"]
     for name, digest in evaluation.decisions.items():
         lines.append(f"decisions sha256  {digest}  {name}")
@@ -73,6 +90,17 @@ def _category_rows(evaluation: Evaluation) -> list[list[str]]:
     for category, estimate in evaluation.lines[0].by_category.items():
         cells = [_with_interval(line.by_category[category]) for line in shown]
         rows.append([category, str(estimate.n), *cells])
+    return rows
+
+
+def _figure_rows(evaluation: Evaluation) -> list[list[str]]:
+    rows = [["", *FIGURES]]
+    for name, found in evaluation.figures.items():
+        estimates = (found.regret, found.recall, found.recall_3, found.rare_recall)
+        plain = (found.calibration_error, found.aiq, found.perf_gain, found.cost_save,
+                 found.pareto_distance)  # fmt: skip
+        rows.append([name, *map(_with_interval, estimates), *map(_number, plain),
+                     f"{found.microseconds:.0f}"])  # fmt: skip
     return rows
 
 
@@ -113,8 +141,26 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "decisions_sha256": evaluation.decisions,
         "fallbacks": evaluation.fallbacks,
         "lines": [_line_json(line) for line in evaluation.lines],
+        "figures": {name: _figures_json(found) for name, found in evaluation.figures.items()},
         "notes": evaluation.notes,
     }
+
+
+def _figures_json(found: Figures) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for entry in fields(found):
+        value = getattr(found, entry.name)
+        if isinstance(value, Estimate):
+            values[entry.name] = _estimate_json(value)
+        elif isinstance(value, float):
+            values[entry.name] = _finite(value)
+    # A time is no property of the decisions: left out, so that a report can be made again.
+    del values["microseconds"]
+    values["curve"] = [
+        {"cost_quality": knob, "cost": _finite(point.cost), "score": _finite(point.score)}
+        for knob, point in found.curve.items()
+    ]
+    return values
 
 
 def _line_json(line: Line) -> dict[str, Any]:
@@ -193,6 +239,12 @@ def as_html(evaluation: Evaluation) -> str:
     ]
     if evaluation.lines[0].by_category:
         parts += ["<h2>By category</h2>", _html_table(_category_rows(evaluation))]
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in FIGURES.items())
+    parts += [
+        "<h2>Further figures of the routers</h2>",
+        _html_table(_figure_rows(evaluation)),
+        f'<p class="small">{html.escape(meanings)}.</p>',
+    ]
     parts += [f'<p class="small">{html.escape(fact)}</p>' for fact in facts]
     return "\n".join([*parts, "</body></html>"]) + "\n"
 

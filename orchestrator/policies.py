@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from experts.types import ExpertCard
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Policy", "UtilityPolicy", "expected_cost_usd", "relative_costs"]
 
@@ -64,6 +68,25 @@ class UtilityPolicy:
             relative_cost: Cost of each candidate, 1 for the dearest; see ``relative_costs``.
         """
         return order_by_utility(self.utilities(quality, relative_cost), relative_cost)
+
+    def choose_all(
+        self, quality: NDArray[np.floating], relative_cost: NDArray[np.float64]
+    ) -> NDArray[np.intp]:
+        """The first of ``choose`` for many requests at once.
+
+        Args:
+            quality: Shape (n_requests, n_candidates).
+            relative_cost: Same shape.
+
+        Returns:
+            Shape (n_requests,).
+        """
+        import numpy as np
+
+        weight = self.cost_quality
+        utilities = weight * quality.astype(np.float64) - (1 - weight) * relative_cost
+        best = utilities == utilities.max(axis=1, keepdims=True)
+        return np.asarray(np.where(best, relative_cost, np.inf).argmin(axis=1), np.intp)
 
 
 def order_by_utility(utilities: Sequence[float], relative_cost: Sequence[float]) -> list[int]:

@@ -189,9 +189,12 @@ def _stratified_folds(labels: NDArray[np.intp], folds: int, random_state: int) -
 
 
 def expected_calibration_error(
-    confidence: NDArray[np.float64], correct: NDArray[np.bool_], *, bins: int = 15
+    confidence: NDArray[np.float64],
+    correct: NDArray[np.bool_] | NDArray[np.float64],
+    *,
+    bins: int = 15,
 ) -> float:
-    """Mean gap between confidence and accuracy over bins of equal mass."""
+    """Mean gap between confidence and accuracy (or mean score) over bins of equal mass."""
     import numpy as np
 
     order = np.argsort(confidence, kind="stable")

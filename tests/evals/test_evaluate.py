@@ -262,3 +262,34 @@ def test_page_is_self_contained_and_escaped(fitted):
 
 def test_json_has_no_nan(fitted):
     json.dumps(as_json(_judged(fitted)), allow_nan=False)
+
+
+def test_figures_of_routers_have_their_ends(fitted):
+    evaluation = _judged(fitted, names=("coe", "random"))
+    coe, random = evaluation.figures["coe"], evaluation.figures["random"]
+    oracle = _lines(evaluation)["bound", "oracle"].score.mean
+    got = _lines(evaluation)["router", "coe"].score.mean
+    assert coe.regret.mean == pytest.approx(oracle - got)
+    assert coe.recall.mean > random.recall.mean
+    assert coe.recall_3.mean == 1.0  # of three models
+    assert coe.calibration_error < random.calibration_error
+    assert coe.curve[1.0].score == pytest.approx(got)
+
+
+def test_curves_need_costs(fitted):
+    table = example_table()
+    cards = {
+        model: {"active_params_b": size} for model, size in zip(MODELS, (1, 8, 4), strict=True)
+    }
+    sized = OutcomeTable(
+        table.prompts, models=MODELS, numbers={"score": table.scores("all")}, cards=cards
+    )
+    found = _judged(fitted, sized).figures["coe"]
+    costs = [point.cost for point in found.curve.values()]
+    assert costs == sorted(costs), "more quality never costs less"
+    assert costs[0] == 1.0
+    assert 0 <= found.pareto_distance < 0.5
+    assert 0 < found.aiq < 1
+    free = OutcomeTable(table.prompts, models=MODELS, numbers={"score": table.scores("all")})
+    assert np.isnan(_judged(fitted, free).figures["coe"].aiq)
+    assert as_json(_judged(fitted, free))["figures"]["coe"]["aiq"] is None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,3 +73,14 @@ def test_the_order_is_a_permutation_with_falling_utility(pairs, knob):
     order, utilities = policy.choose(quality, cost), policy.utilities(quality, cost)
     assert sorted(order) == list(range(len(pairs)))
     assert [utilities[j] for j in order] == sorted(utilities, reverse=True)
+
+
+@pytest.mark.parametrize("knob", [0.0, 0.3, 0.5, 0.95, 1.0])
+def test_many_requests_at_once_are_decided_like_one_by_one(knob):
+    rng = np.random.default_rng(0)
+    # Few different values, so that there are ties.
+    quality = (rng.integers(0, 4, (300, 5)) / 3).astype(np.float32)
+    costs = rng.integers(0, 3, (300, 5)) / 2
+    policy = UtilityPolicy(knob)
+    wanted = [policy.choose(q.tolist(), c.tolist())[0] for q, c in zip(quality, costs, strict=True)]
+    assert policy.choose_all(quality, costs).tolist() == wanted

@@ -1,0 +1,51 @@
+"""Whether predicted probabilities are right on average, and whether they tell two kinds apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from routers.category_classifier import expected_calibration_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["auroc", "calibration_error"]
+
+
+def calibration_error(quality: NDArray[np.floating], scores: NDArray[np.float64]) -> float:
+    """Expected calibration error of each model's predicted quality, averaged over models.
+
+    Args:
+        quality: Predicted, shape (n_prompts, n_models).
+        scores: Shape (n_prompts, n_models), NaN for missing cells, which are left out.
+
+    Returns:
+        In [0, 1]; NaN without any score.
+    """
+    import numpy as np
+
+    errors = []
+    for predicted, got in zip(quality.T, scores.T, strict=True):
+        present = ~np.isnan(got)
+        if present.any():
+            probabilities = predicted[present].astype(np.float64)
+            errors.append(expected_calibration_error(probabilities, got[present]))
+    return float(np.mean(errors)) if errors else float("nan")
+
+
+def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
+    """Chance that a positive has a higher score than a negative; ties count half.
+
+    NaN if there are only positives or only negatives.
+    """
+    import numpy as np
+    from scipy.stats import rankdata
+
+    n_positive = int(positive.sum())
+    n_negative = len(positive) - n_positive
+    if not n_positive or not n_negative:
+        return float("nan")
+    ranks = rankdata(np.asarray(scores, np.float64))
+    above = ranks[positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(above / (n_positive * n_negative))
