@@ -1,6 +1,6 @@
-"""What every router must beat: chance, the best single model, the best model per true category.
+"""What every router must beat: chance, best single model, prompt length, true category's best.
 
-The first two are routers like any other. The category table needs the true category, which no
+All but the last are routers like any other. The category table needs the true category, which no
 request carries, so it is a function for evaluations.
 """
 
@@ -45,6 +45,44 @@ class BestSingleRouter(FittedRouter):
 
     def _predict_one(self, given: Query) -> tuple[NDArray[np.floating], Explanation]:
         return self.quality_, Explanation()
+
+
+class LengthRouter(FittedRouter):
+    """Predicts by the prompt's length alone: mean scores of short, middling and long prompts.
+
+    Args:
+        bins: Number of ranges of length, each with as many training prompts.
+        shrinkage: Number of prompts with the model's mean score that each mean is mixed with.
+
+    Attributes:
+        edges_: Upper ends of all ranges but the last, in characters, shape (bins - 1,).
+        quality_: Mean scores, shape (bins, n_models).
+    """
+
+    method = "length"
+    arrays: ClassVar = {"edges": ("edges",), "quality": ("bins", "models")}
+
+    def __init__(self, *, bins: int = 8, shrinkage: float = 10.0) -> None:
+        self.bins = bins
+        self.shrinkage = shrinkage
+
+    def _check_params(self) -> None:
+        check_number(self, "bins", self.bins, 1)
+        check_number(self, "shrinkage", self.shrinkage, 0)
+
+    def _learn(self, rows: TrainingRows) -> None:
+        import numpy as np
+
+        lengths = [len(text) for text in rows.texts]
+        self.edges_ = np.quantile(lengths, np.arange(1, self.bins) / self.bins)
+        labels = np.searchsorted(self.edges_, lengths)
+        means = shrunken_means(rows.scores, labels, self.bins, float(self.shrinkage))
+        self.quality_ = means[:-1]
+
+    def _predict_one(self, given: Query) -> tuple[NDArray[np.floating], Explanation]:
+        import numpy as np
+
+        return self.quality_[int(np.searchsorted(self.edges_, len(given.text)))], Explanation()
 
 
 class RandomRouter(FittedRouter):

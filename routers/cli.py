@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from routers.base import RouterError
-from routers.registry import ROUTERS, get_router_class
+from routers.registry import get_router_class, registered_routers
 
 __all__ = ["TABLE_OPTION", "train_command"]
 
@@ -29,7 +29,7 @@ class _TrainGroup(click.Group):
     """Lists methods without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*ROUTERS, *OTHER_METHODS])
+        return sorted([*registered_routers(), *OTHER_METHODS])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in OTHER_METHODS:
@@ -39,7 +39,7 @@ class _TrainGroup(click.Group):
             except (ImportError, AttributeError):
                 return None
             return command if isinstance(command, click.Command) else None
-        if cmd_name in ROUTERS or ":" in cmd_name:
+        if cmd_name in registered_routers() or ":" in cmd_name:
             return _router_command(cmd_name)
         return None
 

@@ -10,7 +10,7 @@ from routers.base import Explanation, Query, RouterError
 from routers.fitted import FittedRouter, TrainingRows
 from routers.outcomes import OutcomeTable, Prompts
 from routers.params import check_known_params, parse_settings
-from routers.registry import ROUTERS, get_router_class
+from routers.registry import get_router_class, registered_routers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,7 @@ class CombinedRouter(FittedRouter):
         for number, fields in enumerate(members):
             prefix = f"{number}."
             manifest = Manifest.model_validate(fields)
-            if manifest.method not in ROUTERS:
+            if manifest.method not in registered_routers():
                 raise RouterError(
                     f"artefact {artefact.path}: unknown router {manifest.method!r} in it"
                 )

@@ -1,19 +1,23 @@
 """Routers by name. A name is looked up when it is used, so listing them imports none.
 
-A router of your own is given as ``"module:Class"``, in a config or on the command line. An
-artefact's manifest can name registered routers only: reading a file never imports what it names.
+A router of your own is given as ``"module:Class"`` on the command line, or registered by an
+installed package under the entry-point group ``collegium.routers``. An artefact's manifest can
+name registered routers only: reading a file never imports what it names.
 """
 
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
 
 from routers.artefact import read_manifest
 from routers.base import RouterError, TrainableRouter
 
-__all__ = ["ROUTERS", "get_router_class", "load_router"]
+__all__ = ["ENTRY_POINTS", "ROUTERS", "get_router_class", "load_router", "registered_routers"]
+
+ENTRY_POINTS = "collegium.routers"
 
 ROUTERS: dict[str, str] = {
     "best_single": "routers.baselines:BestSingleRouter",
@@ -24,6 +28,7 @@ ROUTERS: dict[str, str] = {
     "irt": "routers.irt:IRTRouter",
     "kmeans": "routers.kmeans:KMeansRouter",
     "knn": "routers.knn:KNNRouter",
+    "length": "routers.baselines:LengthRouter",
     "mf": "routers.mf:MFRouter",
     "nexus": "routers.nexus:NexusRouter",
     "pilots": "routers.pilots:PilotsRouter",
@@ -34,13 +39,19 @@ ROUTERS: dict[str, str] = {
 }
 
 
+def registered_routers() -> dict[str, str]:
+    """Name to ``"module:Class"``: those of installed packages, and ours, which come first."""
+    others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    return {**ROUTERS, **{name: where for name, where in others.items() if name not in ROUTERS}}
+
+
 def get_router_class(name: str) -> type[TrainableRouter]:
     """The class of a registered name, or of ``"module:Class"``.
 
     Raises:
         RouterError: Naming the known ones.
     """
-    target = ROUTERS.get(name, name if ":" in name else "")
+    target = registered_routers().get(name, name if ":" in name else "")
     if not target:
         raise _unknown(name, ' (or give "module:Class")')
     module, _, attribute = target.partition(":")
@@ -60,10 +71,12 @@ def load_router(path: Path | str) -> TrainableRouter:
         RouterError: The artefact is damaged, or its method is not registered.
     """
     manifest = read_manifest(path)
-    if manifest.method not in ROUTERS:
+    if manifest.method not in registered_routers():
         raise RouterError(f"artefact {path}: {_unknown(manifest.method)}")
     return get_router_class(manifest.method).load(Path(path))
 
 
 def _unknown(name: str, hint: str = "") -> RouterError:
-    return RouterError(f"unknown router {name!r}; known: {', '.join(map(repr, ROUTERS))}{hint}")
+    return RouterError(
+        f"unknown router {name!r}; known: {', '.join(map(repr, registered_routers()))}{hint}"
+    )

@@ -143,3 +143,15 @@ def test_module_and_class_name_a_router_of_ones_own():
     assert get_router_class("routers.coe:CoERouter") is CoERouter
     assert "cannot import router" in _message(lambda: get_router_class("no_such_module:X"))
     assert "is not a router" in _message(lambda: get_router_class("pathlib:Path"))
+
+
+def test_installed_packages_register_routers(tmp_path, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    import routers.registry
+
+    ours = [EntryPoint("theirs", "routers.baselines:RandomRouter", "collegium.routers"),
+            EntryPoint("coe", "evil:Router", "collegium.routers")]  # fmt: skip
+    monkeypatch.setattr(routers.registry, "entry_points", lambda group: ours)
+    assert get_router_class("theirs").__name__ == "RandomRouter"
+    assert get_router_class("coe") is CoERouter, "names of ours cannot be taken over"
