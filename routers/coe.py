@@ -17,10 +17,11 @@ from routers.category_classifier import (
     out_of_fold,
     softmax,
 )
+from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
 from routers.params import check_bool, check_number, check_text
-from routers.training import read_texts, shrunken_means, texts_facts
+from routers.training import read_labelled_texts, read_texts, shrunken_means, texts_facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +76,10 @@ class CoERouter(VectorRouter):
         fallback: Whether unsure or far queries get the general row.
         distance_quantile: Share of held-out prompts that count as near enough; 1 turns the
             distance rule off.
+        categories: Where categories come from: ``table`` (the column ``category``), ``clusters``
+            (groups of similar training prompts), or the path of a CSV file with the columns
+            ``text`` and ``category``, whose examples then name the prompts' categories.
+        n_clusters: How many clusters.
         general_category: Name of the category to fall back to.
         general_texts: A JSON-lines file of objects with ``text``: further texts of that category
             for the classifier to learn from. They need no scores.
@@ -116,6 +121,8 @@ class CoERouter(VectorRouter):
         soft: bool = False,
         fallback: bool = True,
         distance_quantile: float = 0.99,
+        categories: str = "table",
+        n_clusters: int = 16,
         general_category: str = "general",
         general_texts: str | None = None,
         max_total_params_b: float | None = None,
@@ -128,6 +135,8 @@ class CoERouter(VectorRouter):
         self.soft = soft
         self.fallback = fallback
         self.distance_quantile = distance_quantile
+        self.categories = categories
+        self.n_clusters = n_clusters
         self.general_category = general_category
         self.general_texts = general_texts
         self.max_total_params_b = max_total_params_b
@@ -142,6 +151,8 @@ class CoERouter(VectorRouter):
         check_number(self, "random_state", self.random_state, 0)
         check_bool(self, "soft", self.soft)
         check_bool(self, "fallback", self.fallback)
+        check_text(self, "categories", self.categories)
+        check_number(self, "n_clusters", self.n_clusters, 1)
         check_text(self, "general_category", self.general_category)
         if self.general_texts is not None:
             check_text(self, "general_texts", self.general_texts)
@@ -155,13 +166,12 @@ class CoERouter(VectorRouter):
         """Learn from one split; calibrate on the split ``validation``, else by cross-validation."""
         import numpy as np
 
-        if rows.categories is None:
-            raise RouterError(
-                "the method 'coe' needs a column 'category' in prompts.parquet; add it, or train a "
-                "method that needs none"
-            )
-        extra = read_texts(self.general_texts) if self.general_texts else []
-        names = [*rows.categories, *[self.general_category] * len(extra)]
+        named, extra, extra_names = self._named(rows)
+        if self.general_texts:
+            general = read_texts(self.general_texts)
+            extra += general
+            extra_names += [self.general_category] * len(general)
+        names = [*named, *extra_names]
         categories = sorted(set(names))
         labels = np.array([categories.index(name) for name in names], np.intp)
         vectors = rows.vectors
@@ -184,7 +194,32 @@ class CoERouter(VectorRouter):
             else 2.0
         )
         self.threshold_, self.metrics_ = self._choose_threshold(held_out)
-        self.metrics_ |= texts_facts(self.general_texts, extra)
+        self.metrics_ |= texts_facts(extra)
+
+    def _named(self, rows: TrainingRows) -> tuple[list[str], list[str], list[str]]:
+        """The category of each row, and further texts with theirs."""
+        if self.categories == "table":
+            if rows.categories is None:
+                raise RouterError(
+                    "the method 'coe' needs a column 'category' in prompts.parquet; add it, name a "
+                    "CSV file of examples with categories=FILE, or set categories=clusters"
+                )
+            return rows.categories, [], []
+        if self.categories == "clusters":
+            _, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
+            return [f"cluster {label}" for label in labels], [], []
+        import numpy as np
+
+        texts, names = read_labelled_texts(self.categories)
+        known = sorted(set(names))
+        classifier = fit_classifier(
+            self._encode_all(texts),
+            np.array([known.index(name) for name in names], np.intp),
+            known,
+            C=self.C,
+        )
+        found = [known[int(classifier.logits(vector).argmax())] for vector in rows.vectors]
+        return found, texts, names
 
     def _ready(self) -> None:
         self.classifier_ = CategoryClassifier(
@@ -226,7 +261,7 @@ class CoERouter(VectorRouter):
         import numpy as np
 
         categories = classifier.categories
-        inside = rows.validation
+        inside = rows.validation if self.categories == "table" else None
         if inside is not None:
             position = {name: number for number, name in enumerate(categories)}
             found = [position.get(name, -1) for name in inside.categories or ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["read_texts", "shrunken_means", "texts_facts"]
+__all__ = ["read_labelled_texts", "read_texts", "shrunken_means", "texts_facts"]
 
 
 def shrunken_means(
@@ -65,9 +66,33 @@ def read_texts(path: str) -> list[str]:
     return texts
 
 
-def texts_facts(path: str | None, texts: Sequence[str]) -> dict[str, Any]:
-    """Number and hash of extra texts, for the manifest."""
-    if path is None:
+def read_labelled_texts(path: str) -> tuple[list[str], list[str]]:
+    """Texts and their categories from a CSV file with the columns ``text`` and ``category``."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if "text" not in columns or "category" not in columns:
+                raise RouterError(
+                    f"categories: {path} needs the columns 'text' and 'category' in its first "
+                    f"line; it has {', '.join(map(repr, columns)) or 'none'}"
+                )
+            rows = [(reader.line_num, row["text"], row["category"]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+        raise RouterError(
+            f"categories: cannot read {path}: {exc}; give 'table', 'clusters' or a CSV file"
+        ) from exc
+    for line, text, category in rows:
+        if not text or not category:
+            raise RouterError(f"categories: {path}, line {line}: text or category is empty")
+    if not rows:
+        raise RouterError(f"categories: {path} has no rows")
+    return [text for _, text, _ in rows], [category for _, _, category in rows]
+
+
+def texts_facts(texts: Sequence[str]) -> dict[str, Any]:
+    """Number and hash of further texts, for the manifest; nothing if there are none."""
+    if not texts:
         return {}
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return {"general_texts": len(texts), "general_texts_sha256": digest}

@@ -9,7 +9,7 @@ from routers.base import Query, RouterError
 from routers.category_classifier import expected_calibration_error, fit_classifier
 from routers.coe import CoERouter
 from routers.outcomes import OutcomeTable, Prompts
-from routers.testing import MODELS, example_table
+from routers.testing import MODELS, WORDS, example_table
 from routers.training import shrunken_means
 
 
@@ -239,3 +239,45 @@ def test_budgets_need_sizes_and_one_category_per_query():
         )
     with pytest.raises(RouterError, match="leave out soft=true"):
         CoERouter(encoder="hashing", max_total_params_b=9.0, soft=True).fit(_sized_table())
+
+
+def _without_categories():
+    table = example_table()
+    prompts = Prompts(table.prompts.ids, table.prompts.texts, None, table.prompts.splits)
+    return OutcomeTable(prompts, models=MODELS, numbers={"score": table.scores("all")})
+
+
+def test_categories_may_be_clusters():
+    router = CoERouter(encoder="hashing", categories="clusters", n_clusters=6, fallback=False)
+    router.fit(_without_categories())
+    assert router.categories_ == [f"cluster {number}" for number in range(6)]
+    assert _best(router, "tenant appeal court judge clause") == "lawyer"
+
+
+def test_categories_may_come_from_examples_in_a_csv_file(tmp_path):
+    file = tmp_path / "examples.csv"
+    rows = ["category,text"]
+    for category, words in WORDS.items():
+        rows += [f'{category},"{word}, {words}"' for word in words.split()]
+    file.write_text("\n".join(rows))
+    router = CoERouter(encoder="hashing", categories=str(file)).fit(_without_categories())
+    assert router.categories_ == ["cooking", "general", "law"]
+    assert _best(router, "tenant appeal court judge clause") == "lawyer"
+    assert _best(router, "garlic soup oven simmer") == "cook"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2", "needs the columns 'text' and 'category' in its first line; it has 'a', 'b'"),
+        ("text,category\n", "has no rows"),
+        ("text,category\nhello,x\n,y", "line 3: text or category is empty"),
+        (None, "give 'table', 'clusters' or a CSV file"),
+    ],
+)
+def test_bad_examples_are_refused(tmp_path, content, message):
+    file = tmp_path / "examples.csv"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RouterError, match=message):
+        CoERouter(encoder="hashing", categories=str(file)).fit(_without_categories())
