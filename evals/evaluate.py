@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from evals.metrics import (
     random_scores,
     recall_at,
     regret,
+    reliability,
 )
 from experts.types import ExpertCard
 from orchestrator.policies import UtilityPolicy, expected_cost_usd, relative_costs
@@ -58,6 +60,8 @@ CHARACTERS_PER_TOKEN = 4
 # Where the cost-quality curve is drawn.
 KNOBS = tuple(step / 20 for step in range(21))
 RARE_WINNERS = 3
+SHOWN_LOSSES = 12
+TIMED_PROMPTS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Decisions:
         cost_quality: The policy's knob.
         fallbacks: For how many prompts the router fell back to its general category.
         sha256: Hash of the decisions; see ``decisions_sha256``.
-        seconds: How long predicting took, encoding included.
+        microseconds: Median time of predicting for one prompt, encoding included.
         sweep: The choices at other values of the knob, for the cost-quality curve.
     """
 
@@ -85,7 +89,7 @@ class Decisions:
     cost_quality: float
     fallbacks: int
     sha256: str
-    seconds: float = float("nan")
+    microseconds: float = float("nan")
     sweep: dict[float, NDArray[np.intp]] = field(default_factory=dict)
 
     @property
@@ -121,6 +125,21 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """A decision that lost score: what was chosen, and what would have been better."""
+
+    prompt_id: str
+    text: str
+    category: str | None
+    chosen: str
+    predicted: float
+    score: float
+    best: str
+    best_predicted: float
+    best_score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What is measured of a router besides its mean score.
 
@@ -130,8 +149,12 @@ class Figures:
         rare_recall: The same on prompts that at most three models get right.
         recall_3: Whether one of the three predicted best is right.
         calibration_error: Expected calibration error of the predicted quality.
-        microseconds: Time of one decision.
+        microseconds: Median time of one decision.
         curve: Mean cost and score along the knob.
+        reliability: Mean predicted quality, mean score and number of cells, in bins of equal mass
+            over the cells of all models.
+        shares: Share of each model among a category's prompts, by category.
+        losses: The decisions that lost most, worst first.
         aiq, perf_gain, cost_save, pareto_distance: Of the curve; see ``evals.metrics``. NaN where
             costs are unknown.
     """
@@ -143,6 +166,9 @@ class Figures:
     calibration_error: float
     microseconds: float
     curve: dict[float, Point]
+    reliability: list[tuple[float, float, int]]
+    shares: dict[str, dict[str, float]]
+    losses: list[Loss]
     aiq: float = float("nan")
     perf_gain: float = float("nan")
     cost_save: float = float("nan")
@@ -222,9 +248,7 @@ def decide(
     answer; see ``orchestrator.policies``.
     """
     prompts = table.with_prompts_of(split)
-    started = time.perf_counter()
     prediction = router.predict([Query(text) for text in prompts.texts], candidates)
-    seconds = time.perf_counter() - started
     relative = _relative_costs([table.card(model) for model in candidates], prompts.texts)
     choice = UtilityPolicy(cost_quality).choose_all(prediction.quality, relative)
     models = [candidates[int(j)] for j in choice]
@@ -237,11 +261,22 @@ def decide(
         cost_quality=cost_quality,
         fallbacks=sum(explanation.fallback for explanation in prediction.explanations),
         sha256=decisions_sha256(prompts.ids, models),
-        seconds=seconds,
+        microseconds=_microseconds(router, prompts.texts, candidates),
         sweep={
             knob: UtilityPolicy(knob).choose_all(prediction.quality, relative) for knob in KNOBS
         },
     )
+
+
+def _microseconds(router: Router, texts: Sequence[str], candidates: Sequence[str]) -> float:
+    times = []
+    for text in texts[:TIMED_PROMPTS]:
+        # Vectors of the prompts themselves are cached; a blank makes another text of it.
+        query = Query(f"{text} ")
+        started = time.perf_counter()
+        router.predict([query], candidates)
+        times.append((time.perf_counter() - started) * 1e6)
+    return statistics.median(times)
 
 
 def decisions_sha256(prompt_ids: Sequence[str], models: Sequence[str]) -> str:
@@ -302,8 +337,11 @@ def _figures(decisions: Sequence[Decisions], maker: _LineMaker) -> dict[str, Fig
             ),
             recall_3=bootstrap_mean(recall_at(3, d.quality, maker.scores)),
             calibration_error=calibration_error(d.quality, maker.scores),
-            microseconds=d.seconds / max(len(d.prompts), 1) * 1e6,
+            microseconds=d.microseconds,
             curve=curves[d.name],
+            reliability=reliability(d.quality, maker.scores),
+            shares=_shares(d),
+            losses=_losses(d, maker.scores),
         )
         if priced and points:
             known = replace(
@@ -315,6 +353,45 @@ def _figures(decisions: Sequence[Decisions], maker: _LineMaker) -> dict[str, Fig
             )
         figures[d.name] = known
     return figures
+
+
+def _shares(decisions: Decisions) -> dict[str, dict[str, float]]:
+    import numpy as np
+
+    if decisions.prompts.categories is None:
+        return {}
+    labels, models = np.array(decisions.prompts.categories), decisions.candidates
+    shares = {}
+    for category in sorted(set(decisions.prompts.categories)):
+        counts = np.bincount(decisions.choice[labels == category], minlength=len(models))
+        shares[category] = dict(zip(models, (counts / counts.sum()).tolist(), strict=True))
+    return shares
+
+
+def _losses(decisions: Decisions, scores: NDArray[np.float64]) -> list[Loss]:
+    """The worst decisions; of equal losses those first that the router was surest of."""
+    import numpy as np
+
+    prompts, models, quality = decisions.prompts, decisions.candidates, decisions.quality
+    rows = np.arange(len(scores))
+    best = np.where(np.isnan(scores), -1.0, scores).argmax(axis=1)
+    lost = scores[rows, best] - scores[rows, decisions.choice]
+    sure = quality[rows, decisions.choice] - quality[rows, best]
+    order = [int(row) for row in np.lexsort((-sure, -np.nan_to_num(lost))) if lost[row] > 0]
+    return [
+        Loss(
+            prompt_id=prompts.ids[row],
+            text=prompts.texts[row],
+            category=prompts.categories[row] if prompts.categories is not None else None,
+            chosen=models[decisions.choice[row]],
+            predicted=float(quality[row, decisions.choice[row]]),
+            score=float(scores[row, decisions.choice[row]]),
+            best=models[best[row]],
+            best_predicted=float(quality[row, best[row]]),
+            best_score=float(scores[row, best[row]]),
+        )
+        for row in order[:SHOWN_LOSSES]
+    ]
 
 
 def _costs(

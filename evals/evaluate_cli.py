@@ -54,7 +54,8 @@ def evaluate_command(
     With --quality and --decisions the table needs no outcomes.
     """
     from evals.evaluate import decide, judge, shared_pool
-    from evals.report import as_html, as_json, as_text, write_decisions, write_quality
+    from evals.html_report import as_html
+    from evals.report import as_json, as_text, write_decisions, write_quality
     from routers.outcomes import OutcomeTable
 
     if len(artefacts) > 1 and (quality or decisions):

@@ -1,8 +1,7 @@
-"""Evaluations as text, JSON, files and one HTML page. Computes nothing."""
+"""Evaluations as text, JSON and files. Computes nothing; ``evals.html_report`` draws."""
 
 from __future__ import annotations
 
-import html
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +11,18 @@ from evals.evaluate import Decisions, Evaluation, Figures, Line
 from evals.metrics import Estimate
 from routers.base import RouterError
 
-__all__ = ["as_html", "as_json", "as_text", "write_decisions", "write_quality"]
-
-# Hand-checked in light and dark: bars by kind of line.
-COLOURS = {"router": "#2a6f97", "baseline": "#8a8f98", "bound": "#c9a227", "model": "#a5b8c4"}
+__all__ = [
+    "FIGURES",
+    "as_json",
+    "as_text",
+    "category_rows",
+    "figure_rows",
+    "head",
+    "row_of",
+    "with_interval",
+    "write_decisions",
+    "write_quality",
+]
 
 MACRO = "mean of the category means"
 GAP = "share of the way from best single to oracle"
@@ -32,13 +39,13 @@ FIGURES = {
     "PerfGain": "best score on the curve, relative to the best single model's",
     "CostSave": "cost saved where the curve is as good as the best single model",
     "ParetoDist": "mean distance of the curve to the Pareto frontier of all",
-    "us": "microseconds per decision, in one process, encoding included",
+    "us": "microseconds of a decision, encoding included, median",
 }
 
 
 def as_text(evaluation: Evaluation) -> str:
     """A table for the terminal."""
-    rows = [_head(evaluation), *(_text_row(line) for line in evaluation.lines)]
+    rows = [head(evaluation), *(row_of(line) for line in evaluation.lines)]
     lines = [
         f"{evaluation.n_prompts} prompts of split {evaluation.split!r}, "
         f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
@@ -49,14 +56,14 @@ def as_text(evaluation: Evaluation) -> str:
     ]
     categories = list(evaluation.lines[0].by_category)
     if categories:
-        lines += ["", "Mean score by category", "", *_aligned(_category_rows(evaluation))]
+        lines += ["", "Mean score by category", "", *_aligned(category_rows(evaluation))]
     shares = [line for line in evaluation.lines if line.kind == "router"]
     lines += ["", "Share of prompts by chosen model"]
     for line in shares:
         parts = sorted(line.shares.items(), key=lambda item: -item[1])
         lines.append(f"  {line.name}: " + ", ".join(f"{m} {share:.1%}" for m, share in parts))
         lines.append(f"  {line.name}: {evaluation.fallbacks[line.name]} fallbacks")
-    lines += ["", "Further figures of the routers", "", *_aligned(_figure_rows(evaluation))]
+    lines += ["", "Further figures of the routers", "", *_aligned(figure_rows(evaluation))]
     lines += ["", *(f"{name}: {meaning}" for name, meaning in FIGURES.items())]
     lines += ["", f"table sha256      {evaluation.table_sha256}"]
     for name, digest in evaluation.decisions.items():
@@ -65,12 +72,14 @@ def as_text(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(evaluation: Evaluation) -> list[str]:
+def head(evaluation: Evaluation) -> list[str]:
+    """Names of the columns of ``row_of``."""
     columns = ["", "n", "score", "95% interval", "macro", "vs best single", "vs random", "gap"]
     return [*columns, evaluation.cost_unit]
 
 
-def _text_row(line: Line) -> list[str]:
+def row_of(line: Line) -> list[str]:
+    """A line as cells."""
     return [
         f"{line.name}" + (" *" if line.kind == "bound" else ""),
         str(line.score.n),
@@ -84,22 +93,24 @@ def _text_row(line: Line) -> list[str]:
     ]
 
 
-def _category_rows(evaluation: Evaluation) -> list[list[str]]:
+def category_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Mean scores by category as a table, the head first."""
     shown = [line for line in evaluation.lines if line.kind != "model"]
     rows = [["", "n", *(line.name for line in shown)]]
     for category, estimate in evaluation.lines[0].by_category.items():
-        cells = [_with_interval(line.by_category[category]) for line in shown]
+        cells = [with_interval(line.by_category[category]) for line in shown]
         rows.append([category, str(estimate.n), *cells])
     return rows
 
 
-def _figure_rows(evaluation: Evaluation) -> list[list[str]]:
+def figure_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Further figures of the routers as a table, the head first."""
     rows = [["", *FIGURES]]
     for name, found in evaluation.figures.items():
         estimates = (found.regret, found.recall, found.recall_3, found.rare_recall)
         plain = (found.calibration_error, found.aiq, found.perf_gain, found.cost_save,
                  found.pareto_distance)  # fmt: skip
-        rows.append([name, *map(_with_interval, estimates), *map(_number, plain),
+        rows.append([name, *map(with_interval, estimates), *map(_number, plain),
                      f"{found.microseconds:.0f}"])  # fmt: skip
     return rows
 
@@ -108,7 +119,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
-def _with_interval(estimate: Estimate) -> str:
+def with_interval(estimate: Estimate) -> str:
+    """Mean and interval, or a dash."""
     if not estimate.n:
         return "-"
     return f"{estimate.mean:.3f} ({estimate.low:.2f}-{estimate.high:.2f})"
@@ -156,6 +168,10 @@ def _figures_json(found: Figures) -> dict[str, Any]:
             values[entry.name] = _finite(value)
     # A time is no property of the decisions: left out, so that a report can be made again.
     del values["microseconds"]
+    values["reliability"] = [
+        {"predicted": predicted, "score": got, "n": n} for predicted, got, n in found.reliability
+    ]
+    values["shares"] = found.shares
     values["curve"] = [
         {"cost_quality": knob, "cost": _finite(point.cost), "score": _finite(point.score)}
         for knob, point in found.curve.items()
@@ -218,97 +234,3 @@ def _write_parquet(columns: dict[str, Any], path: Path) -> None:
         ) from exc
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
-
-
-def as_html(evaluation: Evaluation) -> str:
-    """One self-contained page: a picture, the tables, the hashes."""
-    title = f"{evaluation.n_prompts} prompts of split {evaluation.split!r}"
-    facts = [
-        f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
-        f"table sha256 {evaluation.table_sha256}",
-        *(f"decisions sha256 {d} ({name})" for name, d in evaluation.decisions.items()),
-        *(f"note: {note}" for note in evaluation.notes),
-    ]
-    parts = [
-        _PAGE_HEAD,
-        f"<h1>Collegium: {html.escape(title)}</h1>",
-        _bars(evaluation.lines),
-        f'<p class="small">Whiskers: 95% bootstrap intervals; macro: {MACRO}; gap: {GAP}; '
-        f"*: {BOUND}.</p>",
-        _html_table([_head(evaluation), *(_text_row(line) for line in evaluation.lines)]),
-    ]
-    if evaluation.lines[0].by_category:
-        parts += ["<h2>By category</h2>", _html_table(_category_rows(evaluation))]
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in FIGURES.items())
-    parts += [
-        "<h2>Further figures of the routers</h2>",
-        _html_table(_figure_rows(evaluation)),
-        f'<p class="small">{html.escape(meanings)}.</p>',
-    ]
-    parts += [f'<p class="small">{html.escape(fact)}</p>' for fact in facts]
-    return "\n".join([*parts, "</body></html>"]) + "\n"
-
-
-_PAGE_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Collegium evaluation</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-  color: #1d2329; background: #fff }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
-  overflow-x: auto }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap }
-td:first-child, th:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-.small { color: #59636e; font-size: 13px; overflow-wrap: anywhere }
-@media (prefers-color-scheme: dark) {
-  body { color: #e3e6ea; background: #15181c } td, th { border-color: #333 }
-  svg text { fill: #e3e6ea }
-}
-</style></head><body>"""
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    def cells(row: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-
-    return "<table>" + cells(rows[0], "th") + "".join(cells(r, "td") for r in rows[1:]) + "</table>"
-
-
-def _bars(lines: list[Line]) -> str:
-    """Horizontal bars of mean scores from 0 to 1, with intervals."""
-    label, width, step = 260, 560, 24
-    height = step * len(lines) + 30
-    parts = [
-        f'<svg viewBox="0 0 {label + width + 70} {height}" width="{label + width + 70}" '
-        'role="img" aria-label="Mean scores with 95% intervals" font-size="13">'
-    ]
-    for tick in range(0, 11, 2):
-        x = label + width * tick / 10
-        parts.append(
-            f'<line x1="{x}" x2="{x}" y1="0" y2="{height - 22}" stroke="#8886"/>'
-            f'<text x="{x}" y="{height - 6}" text-anchor="middle">{tick / 10:.1f}</text>'
-        )
-    for number, line in enumerate(lines):
-        parts.append(_bar(line, label, width, step * number + 4))
-    return "".join([*parts, "</svg>"])
-
-
-def _bar(line: Line, left: int, width: int, top: int) -> str:
-    name = line.name if len(line.name) <= 34 else line.name[:33] + "…"
-    star = " *" if line.kind == "bound" else ""
-    text = f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{html.escape(name)}{star}</text>'
-    if not line.score.n:
-        return text
-    mean, low, high = (left + width * value for value in line.score[:3])
-    middle = top + 9
-    return (
-        f'{text}<rect x="{left}" y="{top + 2}" width="{mean - left:.1f}" height="14" '
-        f'fill="{COLOURS[line.kind]}"><title>{html.escape(line.name)}: '
-        f"{_with_interval(line.score)}</title></rect>"
-        f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} '
-        f'{middle - 4}v8" stroke="currentColor" stroke-opacity=".7" fill="none"/>'
-        f'<text x="{max(mean, high) + 6:.1f}" y="{top + 13}">{line.score.mean:.3f}</text>'
-    )

@@ -4,7 +4,7 @@ Scores are matrices of shape (n_prompts, n_models) with NaN where a model was no
 A choice is a vector of model positions, one per prompt.
 """
 
-from evals.metrics.calibration import auroc, calibration_error
+from evals.metrics.calibration import auroc, calibration_error, reliability
 from evals.metrics.choices import (
     best_single_choice,
     chosen,
@@ -49,5 +49,6 @@ __all__ = [
     "random_scores",
     "recall_at",
     "regret",
+    "reliability",
     "strong_weak_curve",
 ]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["auroc", "calibration_error"]
+__all__ = ["auroc", "calibration_error", "reliability"]
 
 
 def calibration_error(quality: NDArray[np.floating], scores: NDArray[np.float64]) -> float:
@@ -32,6 +32,28 @@ def calibration_error(quality: NDArray[np.floating], scores: NDArray[np.float64]
             probabilities = predicted[present].astype(np.float64)
             errors.append(expected_calibration_error(probabilities, got[present]))
     return float(np.mean(errors)) if errors else float("nan")
+
+
+def reliability(
+    quality: NDArray[np.floating], scores: NDArray[np.float64], *, bins: int = 15
+) -> list[tuple[float, float, int]]:
+    """Mean predicted quality, mean score and number of cells in bins of equal mass.
+
+    Args:
+        quality: Predicted, shape (n_prompts, n_models).
+        scores: Same shape, NaN for missing cells, which are left out.
+        bins: Number of bins over all cells together.
+    """
+    import numpy as np
+
+    present = ~np.isnan(scores)
+    predicted, got = quality[present].astype(np.float64), scores[present]
+    parts = np.array_split(np.argsort(predicted, kind="stable"), bins)
+    return [
+        (float(predicted[part].mean()), float(got[part].mean()), len(part))
+        for part in parts
+        if len(part)
+    ]
 
 
 def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from evals.evaluate import decide, decisions_sha256, judge, shared_pool
 from evals.evaluate_cli import evaluate_command
-from evals.report import as_html, as_json, as_text
+from evals.html_report import as_html
+from evals.report import as_json, as_text
 from routers.base import RouterError
 from routers.baselines import BestSingleRouter, RandomRouter
 from routers.coe import CoERouter
