@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("routers.cli:train_command", "Fit a router, or fine-tune an adapter."),
     "evaluate": ("evals.evaluate_cli:evaluate_command", "Judge routers on an outcome table."),
     "collect": ("evals.cli:collect_command", "Run experts on tasks: an outcome table."),
+    "import": ("evals.import_cli:import_command", "Make an outcome table from other files."),
     "tasks": ("evals.cli:tasks_command", "List and export evaluation tasks."),
     "config": ("orchestrator.config_cli:config_command", "Check and show configs."),
     "doctor": ("deployments.cli:doctor_command", "Say what is wrong with this machine's setup."),
