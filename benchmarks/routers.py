@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -151,6 +152,28 @@ def text(name: str, lines: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
+    """The tables as a page."""
+    how = f"split `{split}`" if split else f"{FOLDS}-fold cross-validation of the training rows"
+    lines = [
+        "# Routers on outcome tables",
+        "",
+        f"`{command}`: {how}; 95% intervals. Gain: against the category table on the same prompts, "
+        "which is told each prompt's true category; routers are not. Seconds: training and "
+        "predicting, vectors of the prompts known.",
+    ]
+    for name, found in results.items():
+        lines += ["", f"## {name}", ""]
+        lines += ["| | mean score | by category | gain | s |", "|---|--:|--:|--:|--:|"]
+        for label, line in sorted(found.items(), key=lambda item: item[1]["mean"]):
+            lines.append(
+                f"| {label} | {line['mean']:.3f} ({line['low']:.3f} to {line['high']:.3f}) | "
+                f"{line.get('macro', float('nan')):.3f} | {line['gain']:+.3f} "
+                f"({line['gain_low']:+.3f} to {line['gain_high']:+.3f}) | {line['seconds']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Print one table per benchmark, and write all of it as JSON where wanted."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -159,7 +182,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="'METHOD' or 'METHOD KEY=VALUE ...'")
     parser.add_argument("--split", help="judge on this split instead of cross-validating")
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
     plain = [name for name in ROUTERS if name not in ("random", "best_single")]
     methods = {}
@@ -175,8 +198,11 @@ def main() -> None:
             parts = list(folds(table, arguments.seed))
         results[name] = run(parts, methods)
         print(text(name, results[name]) + "\n", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.out:
+        command = "python -m benchmarks.routers " + shlex.join(sys.argv[1:])
+        page = markdown(command, results, arguments.split)
+        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
+        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ def export_command(name: str, split: str) -> None:
     show_default=True,
     help="Seconds for one answer.",
 )
+@click.option(
+    "--active",
+    is_flag=True,
+    help="Stop asking an expert in a category once it cannot be the best there: fewer answers, "
+    "enough to name each category's best.",
+)
 def collect_command(
     config_file: Path,
     first_tasks: Sequence[str],
@@ -117,6 +123,7 @@ def collect_command(
     limit: int | None,
     concurrency: int,
     timeout_s: float,
+    active: bool,
 ) -> None:
     """Run experts on tasks with greedy decoding and write the outcome table to a folder."""
     import asyncio
@@ -131,6 +138,7 @@ def collect_command(
         splits=cast(Sequence[Split], splits or TABLE_SPLITS),
         limit=limit,
         timeout_s=timeout_s,
+        active=active,
     )
     config = load_config(config_file)
     unknown = [name for name in names if name not in config.cards()]

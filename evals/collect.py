@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evals.collect_options import CollectOptions
+from evals.elimination import BATCH, survivors
 from evals.tasks import Sample, Task
 from experts.base import Expert
 from experts.errors import ExpertConfigError, ExpertError
@@ -129,31 +130,84 @@ async def collect(
         raise CollectError("nothing to collect: no samples in these splits, or no experts")
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / JOURNAL_FILE)
-    jobs = [
-        (name, sample, task)
-        for name in experts
-        for sample, task in questions
-        if not journal.find(sample, name)
-    ]
-    missing: dict[str, int] = {}
-    total = len(experts) * len(questions)
-    with tqdm(total=total, initial=total - len(jobs), unit="answer") as bar:
+    asker = _Asker(experts, journal, options, len(experts) * len(questions))
+    with asker.bar:
+        if options.active:
+            await _collect_active(asker, questions)
+        else:
+            await asker.ask([(name, *question) for name in experts for question in questions])
+    cards = {name: expert.card for name, expert in experts.items()}
+    write_outcome_table(out, tasks, journal, cards, options)
+    return asker.missing
+
+
+Job = tuple[str, Sample, Task]
+
+
+class _Asker:
+    """Asks experts, as many at a time as allowed, and journals what they answer."""
+
+    def __init__(
+        self,
+        experts: Mapping[str, Expert],
+        journal: Journal,
+        options: CollectOptions,
+        total: int,
+    ) -> None:
+        self.experts = experts
+        self.journal = journal
+        self.missing: dict[str, int] = {}
+        self.bar = tqdm(total=total, unit="answer")
+        self._options = options
+        self._places = asyncio.Semaphore(options.concurrency)
+
+    async def ask(self, jobs: Sequence[Job]) -> None:
+        """Ask what the journal does not know yet."""
+        open_jobs = [job for job in jobs if not self.journal.find(job[1], job[0])]
+        self.bar.update(len(jobs) - len(open_jobs))
         # One iterator feeds all workers: nothing is awaited between taking a job and the next.
-        waiting = iter(jobs)
+        waiting = iter(open_jobs)
 
         async def work() -> None:
             for name, sample, task in waiting:
-                answer = await _ask(experts[name], name, sample, task.max_tokens, options.timeout_s)
+                async with self._places:
+                    answer = await _ask(
+                        self.experts[name], name, sample, task.max_tokens, self._options.timeout_s
+                    )
                 if answer:
-                    journal.append(answer)
+                    self.journal.append(answer)
                 else:
-                    missing[name] = missing.get(name, 0) + 1
-                bar.update()
+                    self.missing[name] = self.missing.get(name, 0) + 1
+                self.bar.update()
 
-        await _run_workers(work, min(options.concurrency, len(jobs)))
-    cards = {name: expert.card for name, expert in experts.items()}
-    write_outcome_table(out, tasks, journal, cards, options)
-    return missing
+        await _together(work() for _ in range(min(self._options.concurrency, len(open_jobs))))
+
+
+async def _collect_active(asker: _Asker, questions: Sequence[tuple[Sample, Task]]) -> None:
+    """Ask each category's experts in batches, dropping those that cannot be its best any more."""
+    import numpy as np
+
+    categories: dict[str, list[tuple[Sample, Task]]] = {}
+    # Any fixed order that says nothing of the prompts: a run that goes on takes the same one.
+    for sample, task in sorted(questions, key=lambda question: text_hash(question[0].text)):
+        categories.setdefault(sample.category, []).append((sample, task))
+
+    async def settle(asked: list[tuple[Sample, Task]]) -> None:
+        alive = list(asker.experts)
+        for end in range(BATCH, len(asked) + BATCH, BATCH):
+            batch = asked[end - BATCH : end]
+            await asker.ask([(name, *question) for name in alive for question in batch])
+            scores = np.full((len(asked[:end]), len(alive)), np.nan)
+            for row, (sample, task) in enumerate(asked[:end]):
+                for column, name in enumerate(alive):
+                    if answer := asker.journal.find(sample, name):
+                        scores[row, column] = task.grade(answer.answer, sample)
+            keep = survivors(scores, len(asked))
+            alive = [name for name, kept in zip(alive, keep, strict=True) if kept]
+            if len(alive) == 1:
+                return
+
+    await _together(settle(asked) for asked in categories.values())
 
 
 def _questions(tasks: Iterable[Task], options: CollectOptions) -> list[tuple[Sample, Task]]:
@@ -165,11 +219,11 @@ def _questions(tasks: Iterable[Task], options: CollectOptions) -> list[tuple[Sam
     ]
 
 
-async def _run_workers(work: Callable[[], Coroutine[Any, Any, None]], count: int) -> None:
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(count):
-                group.create_task(work())
+            for part in work:
+                group.create_task(part)
     except ExceptionGroup as errors:
         # Whoever called asked for one thing; the first failure is why it was not done.
         raise errors.exceptions[0] from None

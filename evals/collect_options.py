@@ -19,9 +19,11 @@ class CollectOptions:
         splits: Which splits are asked.
         limit: Samples per task and split; all if none.
         timeout_s: Seconds for one answer.
+        active: Stop asking an expert in a category as soon as it cannot be the best there.
     """
 
     concurrency: int = 16
     splits: Sequence[Split] = TABLE_SPLITS
     limit: int | None = None
     timeout_s: float = 300.0
+    active: bool = False

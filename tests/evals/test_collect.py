@@ -155,3 +155,51 @@ def test_unmeasured_latency_is_left_out_of_the_table(tmp_path: Path) -> None:
 def test_nothing_to_collect_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CollectError, match="nothing to collect"):
         run(tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_without_a_lost_or_doubled_row(tmp_path: Path) -> None:
+    from benchmarks.collect_kills import differences, killed_and_resumed
+
+    _, clean, killed = killed_and_resumed(tmp_path, kills=3)
+    assert differences(clean, killed) == []
+
+
+class ManyWordsTask(SpellingTask):
+    """Fifty words in one category."""
+
+    def samples(self, split: Split) -> list[Sample]:
+        return [
+            Sample(f"many-{i}", f"say word{i}", f"word{i}", "many", split)
+            for i in range(50 if split == "train" else 0)
+        ]
+
+
+def test_active_collection_drops_experts_that_cannot_be_the_best(tmp_path: Path) -> None:
+    good, bad = RepeatingExpert("good"), RepeatingExpert("bad", suffix="!")
+    options = CollectOptions(active=True)
+    assert (
+        asyncio.run(collect({"good": good, "bad": bad}, [ManyWordsTask()], tmp_path, options)) == {}
+    )
+    assert len(good.requests) + len(bad.requests) <= 50
+    table = OutcomeTable.load(tmp_path)
+    scores = table.scores("all")
+    assert (scores[:, 0][scores[:, 0] >= 0] == 1).all()
+    asked = len(good.requests)
+    asyncio.run(collect({"good": good, "bad": bad}, [ManyWordsTask()], tmp_path, options))
+    assert len(good.requests) == asked, "a run that goes on asks nothing twice"
+
+
+def test_active_collection_asks_all_where_experts_are_alike(tmp_path: Path) -> None:
+    experts = [RepeatingExpert("one"), RepeatingExpert("two")]
+    options = CollectOptions(active=True)
+    asyncio.run(collect({e.card.name: e for e in experts}, [ManyWordsTask()], tmp_path, options))
+    assert [len(expert.requests) for expert in experts] == [50, 50]
+
+
+def test_active_collection_fails_with_the_experts_own_error(tmp_path: Path) -> None:
+    broken = RepeatingExpert("broken", errors=[ExpertConfigError("no weights")])
+    with pytest.raises(ExpertConfigError, match="no weights"):
+        asyncio.run(
+            collect({"broken": broken}, [ManyWordsTask()], tmp_path, CollectOptions(active=True))
+        )
