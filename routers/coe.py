@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["CoERouter"]
 
 FOLDS = 5
+# More rows would only make cross-validation slower: a temperature and a threshold need no more.
+CALIBRATION_ROWS = 20_000
 # Coarse, so that the threshold does not follow single validation prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
 
@@ -271,12 +273,26 @@ class CoERouter(VectorRouter):
                 np.array(found, np.intp),
                 inside.scores,
             )
+        chosen = np.arange(len(labels))
+        if len(labels) > CALIBRATION_ROWS:
+            rng = np.random.default_rng(self.random_state)
+            chosen = np.sort(rng.choice(len(labels), CALIBRATION_ROWS, replace=False))
         logits, distances = out_of_fold(
-            vectors, labels, categories, C=self.C, folds=FOLDS, random_state=self.random_state
+            vectors[chosen],
+            labels[chosen],
+            categories,
+            C=self.C,
+            folds=FOLDS,
+            random_state=self.random_state,
         )
-        # The texts without scores come last.
-        part = slice(len(rows))
-        return _HeldOut(logits[part], distances[part], labels[part], rows.scores)
+        # Texts without scores come last; they are learnt from, but nothing is decided on them.
+        scored = chosen < len(rows)
+        return _HeldOut(
+            logits[scored],
+            distances[scored],
+            labels[chosen[scored]],
+            rows.scores[chosen[scored]],
+        )
 
     def _choose_threshold(self, held_out: _HeldOut) -> tuple[float, dict[str, Any]]:
         """The threshold of the best decisions on held-out rows, and what was measured there."""
