@@ -182,6 +182,14 @@ class FittedRouter:
             explanations.append(explanation)
         return Prediction(quality.clip(0.0, 1.0), explanations)
 
+    def _check_positions(self, name: str, size: int) -> None:
+        """Refuse a fitted array of positions that leave their range, as no method here makes."""
+        found = getattr(self, f"{name}_")
+        if ((found < 0) | (found >= size)).any():
+            raise RouterError(
+                f"artefact of {self.method!r}: {name!r} must lie from 0 to {size - 1}"
+            )
+
     def _scores_of_new(
         self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
     ) -> NDArray[np.float64]:

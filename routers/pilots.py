@@ -94,6 +94,9 @@ class PilotsRouter(VectorRouter):
         cosines = np.array([self._cosines(vector) for vector in rows.vectors])
         self.slope_, self.biases_ = fit_platt(cosines, rows.scores)
 
+    def _ready(self) -> None:
+        self._check_positions("winners", len(self.models))
+
     def _cosines(self, vector: NDArray[np.float32]) -> NDArray[Any]:
         """With the nearest pilot of each model; 0 for a model without one."""
         import numpy as np

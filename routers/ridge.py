@@ -71,6 +71,7 @@ class RidgeRouter(VectorRouter):
     def _ready(self) -> None:
         import numpy as np
 
+        self._check_positions("groups", len(self.grams_))
         penalty = np.full(self.grams_.shape[1], self.penalty)
         penalty[-1] = 0.0
         regular = self.grams_ + np.diag(penalty)

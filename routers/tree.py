@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from routers.base import Explanation, Query
+from routers.base import Explanation, Query, RouterError
 from routers.encoders.surface import SURFACE_FEATURES, surface_features
 from routers.fitted import FittedRouter, TrainingRows
 from routers.params import check_number
@@ -103,6 +103,18 @@ class TreeRouter(FittedRouter):
             "leaves": int((self.features_ < 0).sum()),
             "rules": self._rules(rows.models),
         }
+
+    def _ready(self) -> None:
+        """Refuse a tree that leads in circles or asks for unknown features."""
+        import numpy as np
+
+        nodes = np.arange(len(self.features_))
+        inner = self.features_ >= 0
+        for children in (self.lefts_, self.rights_):
+            if not ((children > nodes) & (children < len(nodes)))[inner].all():
+                raise RouterError("artefact of 'tree': a node's children must come after it")
+        if (self.features_ >= len(SURFACE_FEATURES)).any():
+            raise RouterError("artefact of 'tree': it asks for features unknown here")
 
     def _node_means(
         self, scores: NDArray[np.float64], reached: NDArray[np.bool_]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,10 @@ from routers.kmeans import KMeansRouter
 from routers.knn import KNNRouter
 from routers.outcomes import OutcomeTable, Prompts
 from routers.pilots import PilotsRouter, _votes
+from routers.registry import load_router
 from routers.ridge import RidgeRouter
 from routers.testing import MODELS, example_table
+from routers.tree import TreeRouter
 from routers.uniroute import UniRouteRouter
 
 QUERIES = [Query("bake bread onion soup"), Query("tenant court appeal"), Query("river city music")]
@@ -136,3 +140,39 @@ def test_pilots_without_any_vote_predict_by_means():
     table = OutcomeTable(prompts, models=["x", "y"], numbers={"score": np.ones((2, 2))})
     router = PilotsRouter(encoder="hashing").fit(table, split="all")
     assert router.predict(QUERIES, ["x", "y"]).quality.shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (partial(RidgeRouter, encoder="hashing"), "groups", 7),
+        (partial(PilotsRouter, encoder="hashing"), "winners", -1),
+        (partial(TreeRouter, min_prompts=20), "lefts", 0),
+        (partial(TreeRouter, min_prompts=20), "features", 10_000),
+    ],
+)
+def test_arrays_that_would_lead_astray_are_refused(tmp_path, make, name, value):
+    router = make().fit(example_table(per_split=240))
+    array = getattr(router, f"{name}_")
+    array[0] = value
+    router.save(tmp_path / "bad")
+    with pytest.raises(RouterError, match="artefact of"):
+        load_router(tmp_path / "bad")
+
+
+def test_tree_prints_its_rules():
+    texts = [f"def f{n}(): return {n}" if n % 2 else f"tell me about {n}" for n in range(400)]
+    code = np.arange(400) % 2 == 1
+    table = OutcomeTable(
+        Prompts([str(n) for n in range(400)], texts),
+        models=["coder", "talker"],
+        numbers={"score": np.stack([code, ~code], axis=1).astype(float)},
+    )
+    router = TreeRouter().fit(table, split="all")
+    assert router.metrics_["leaves"] == 2
+    assert len(router.rules()) == 4
+    assert router.rules()[0].startswith("if ")
+    best = router.predict([Query(text) for text in texts[:2]], ["coder", "talker"]).quality
+    assert best.argmax(axis=1).tolist() == [1, 0]
+    [explanation] = router.predict([Query(texts[0])], ["coder"]).explanations
+    assert explanation.detail["rule"] in router.rules()[0] + router.rules()[2]
