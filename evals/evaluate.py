@@ -18,11 +18,13 @@ from evals.metrics import (
     Estimate,
     Point,
     aiq,
+    apgr,
     best_single_choice,
     bootstrap_mean,
     calibration_error,
     chosen,
     cost_save,
+    cpt,
     gap_closed,
     macro_mean,
     oracle_scores,
@@ -33,6 +35,7 @@ from evals.metrics import (
     recall_at,
     regret,
     reliability,
+    strong_weak_curve,
 )
 from experts.types import ExpertCard
 from orchestrator.policies import UtilityPolicy, expected_cost_usd, relative_costs
@@ -157,6 +160,8 @@ class Figures:
         losses: The decisions that lost most, worst first.
         aiq, perf_gain, cost_save, pareto_distance: Of the curve; see ``evals.metrics``. NaN where
             costs are unknown.
+        apgr, cpt_50, cpt_80: RouteLLM's metrics for a strong and a weak model; NaN where there are
+            more than two models, or a score is missing.
     """
 
     regret: Estimate
@@ -173,6 +178,9 @@ class Figures:
     perf_gain: float = float("nan")
     cost_save: float = float("nan")
     pareto_distance: float = float("nan")
+    apgr: float = float("nan")
+    cpt_50: float = float("nan")
+    cpt_80: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +327,8 @@ def judge(decisions: Sequence[Decisions], table: OutcomeTable, *, split: str) ->
 
 def _figures(decisions: Sequence[Decisions], maker: _LineMaker) -> dict[str, Figures]:
     """Figures of every router; their curves share one Pareto frontier with all single models."""
+    import numpy as np
+
     curves = {
         d.name: {knob: maker.point(choice) for knob, choice in d.sweep.items()} for d in decisions
     }
@@ -343,6 +353,13 @@ def _figures(decisions: Sequence[Decisions], maker: _LineMaker) -> dict[str, Fig
             shares=_shares(d),
             losses=_losses(d, maker.scores),
         )
+        if len(d.candidates) == 2 and not np.isnan(maker.scores).any():
+            weak, strong = (int(j) for j in np.argsort(maker.scores.mean(axis=0), kind="stable"))
+            win_rate = d.quality[:, strong] - d.quality[:, weak]
+            by_share = strong_weak_curve(win_rate, maker.scores[:, strong], maker.scores[:, weak])
+            known = replace(
+                known, apgr=apgr(by_share), cpt_50=cpt(by_share, 0.5), cpt_80=cpt(by_share, 0.8)
+            )
         if priced and points:
             known = replace(
                 known,

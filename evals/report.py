@@ -39,6 +39,8 @@ FIGURES = {
     "PerfGain": "best score on the curve, relative to the best single model's",
     "CostSave": "cost saved where the curve is as good as the best single model",
     "ParetoDist": "mean distance of the curve to the Pareto frontier of all",
+    "APGR": "of two models: mean share of the strong one's gain over all shares of strong calls",
+    "CPT(80%)": "of two models: least share of strong calls that brings 80 % of the gain",
     "us": "microseconds of a decision, encoding included, median",
 }
 
@@ -109,7 +111,7 @@ def figure_rows(evaluation: Evaluation) -> list[list[str]]:
     for name, found in evaluation.figures.items():
         estimates = (found.regret, found.recall, found.recall_3, found.rare_recall)
         plain = (found.calibration_error, found.aiq, found.perf_gain, found.cost_save,
-                 found.pareto_distance)  # fmt: skip
+                 found.pareto_distance, found.apgr, found.cpt_80)  # fmt: skip
         rows.append([name, *map(with_interval, estimates), *map(_number, plain),
                      f"{found.microseconds:.0f}"])  # fmt: skip
     return rows

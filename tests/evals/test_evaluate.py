@@ -294,3 +294,13 @@ def test_curves_need_costs(fitted):
     free = OutcomeTable(table.prompts, models=MODELS, numbers={"score": table.scores("all")})
     assert np.isnan(_judged(fitted, free).figures["coe"].aiq)
     assert as_json(_judged(fitted, free))["figures"]["coe"]["aiq"] is None
+
+
+def test_two_models_get_the_metrics_of_strong_and_weak(fitted):
+    table = example_table()
+    pair = ["cook", "lawyer"]
+    made = [decide("coe", fitted["coe"], table, split="test", candidates=pair)]
+    found = judge(made, table, split="test").figures["coe"]
+    assert found.apgr > 0.5
+    assert 0 < found.cpt_50 <= found.cpt_80 <= 1
+    assert np.isnan(_judged(fitted).figures["coe"].apgr)
