@@ -46,7 +46,8 @@ def make_table(folder: Path, n_prompts: int, n_models: int) -> None:
 
 def measure(folder: Path, method: str, encoder: str) -> tuple[float, float, float]:
     """Seconds to train and to judge, and the most memory used, in GiB."""
-    from evals.evaluate import decide, judge
+    from evals.decisions import decide
+    from evals.evaluate import judge
     from routers.encoders import get_encoder
     from routers.registry import get_router_class
 

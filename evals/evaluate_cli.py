@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import click
 
+from evals.policy_files import read_policy
+from orchestrator.policies import CostUnit, UtilityPolicy
 from routers.base import Router, RouterError
 from routers.cli import TABLE_OPTION
 
@@ -28,9 +31,19 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--cost-quality",
     type=click.FloatRange(0, 1),
-    default=1.0,
-    show_default=True,
-    help="0 takes the cheapest, 1 the best quality.",
+    help="0 takes the cheapest, 1 the best quality.  [default: the policy's own, else 1.0]",
+)
+@click.option(
+    "--policy",
+    "policy_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML file with a route's 'policy', as 'collegium calibrate' writes it; quality less cost "
+    "by default.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(get_args(CostUnit)),
+    help="What costs are; by default the policy's unit, else the first that is known.",
 )
 @click.option("--models", help="Choose among these models only: names with commas between them.")
 @click.option("--json", "json_file", type=FILE, help="Write the report as JSON; - for stdout.")
@@ -41,7 +54,9 @@ def evaluate_command(
     artefacts: tuple[str, ...],
     table_path: Path,
     split: str,
-    cost_quality: float,
+    cost_quality: float | None,
+    policy_file: Path | None,
+    cost: CostUnit | None,
     models: str | None,
     json_file: Path | None,
     quality: Path | None,
@@ -53,7 +68,8 @@ def evaluate_command(
     Decisions are made from prompts alone, frozen and hashed before a score of the split is read.
     With --quality and --decisions the table needs no outcomes.
     """
-    from evals.evaluate import decide, judge, shared_pool
+    from evals.decisions import decide, shared_pool
+    from evals.evaluate import judge
     from evals.html_report import as_html
     from evals.report import as_json, as_text, write_decisions, write_quality
     from routers.outcomes import OutcomeTable
@@ -65,9 +81,24 @@ def evaluate_command(
         routers = _load_all(artefacts)
         wanted = [name.strip() for name in models.split(",")] if models else None
         pool = shared_pool(routers, table, wanted)
+        policy = read_policy(policy_file) if policy_file else UtilityPolicy()
+        if policy.uncalibrated:
+            raise RouterError(
+                f"{policy_file}: the policy has no {policy.uncalibrated!r}; "
+                "'collegium calibrate' finds it"
+            )
+        policy = policy.model_copy(update={"cost": cost or policy.cost})
         made = [
-            decide(name, r, table, split=split, candidates=pool, cost_quality=cost_quality)
-            for name, r in routers.items()
+            decide(
+                name,
+                router,
+                table,
+                split=split,
+                candidates=pool,
+                policy=policy,
+                cost_quality=cost_quality,
+            )
+            for name, router in routers.items()
         ]
         if quality:
             write_quality(made[0], quality)
@@ -78,7 +109,7 @@ def evaluate_command(
         if not table.has_outcomes and (quality or decisions):
             click.echo(f"{table_path} has no outcomes.parquet: nothing to score", err=True)
             return
-        evaluation = judge(made, table, split=split)
+        evaluation = judge(made, table, split=split, cost=policy.cost)
     except (RouterError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
     report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)

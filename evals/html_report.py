@@ -6,7 +6,8 @@ import html
 import math
 from collections.abc import Sequence
 
-from evals.evaluate import Evaluation, Figures, Line, Loss
+from evals.evaluate import Evaluation, Line
+from evals.figures import Figures, Loss
 from evals.report import (
     BOUND,
     FIGURES,
@@ -33,7 +34,8 @@ def as_html(evaluation: Evaluation) -> str:
     """One self-contained page: pictures, tables, the worst decisions, the hashes."""
     title = f"{evaluation.n_prompts} prompts of split {evaluation.split!r}"
     facts = [
-        f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
+        f"{len(evaluation.candidates)} models, policy {evaluation.policy.type!r} at cost-quality "
+        f"{evaluation.cost_quality:g}",
         f"table sha256 {evaluation.table_sha256}",
         *(f"decisions sha256 {d} ({name})" for name, d in evaluation.decisions.items()),
         *(f"note: {note}" for note in evaluation.notes),

@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evals.evaluate import Decisions, Evaluation, Figures, Line
+from evals.decisions import Decisions
+from evals.evaluate import Evaluation, Line
+from evals.figures import Figures
 from evals.metrics import Estimate
 from routers.base import RouterError
 
@@ -50,7 +52,8 @@ def as_text(evaluation: Evaluation) -> str:
     rows = [head(evaluation), *(row_of(line) for line in evaluation.lines)]
     lines = [
         f"{evaluation.n_prompts} prompts of split {evaluation.split!r}, "
-        f"{len(evaluation.candidates)} models, cost-quality {evaluation.cost_quality:g}",
+        f"{len(evaluation.candidates)} models, policy {evaluation.policy.type!r} at cost-quality "
+        f"{evaluation.cost_quality:g}",
         "",
         *_aligned(rows),
         "",
@@ -65,6 +68,12 @@ def as_text(evaluation: Evaluation) -> str:
         parts = sorted(line.shares.items(), key=lambda item: -item[1])
         lines.append(f"  {line.name}: " + ", ".join(f"{m} {share:.1%}" for m, share in parts))
         lines.append(f"  {line.name}: {evaluation.fallbacks[line.name]} fallbacks")
+        found = evaluation.figures[line.name]
+        if found.best_of_asked is not None:
+            lines.append(
+                f"  {line.name}: {found.experts_asked:.2f} models asked per prompt; best of their "
+                f"scores {with_interval(found.best_of_asked)}"
+            )
     lines += ["", "Further figures of the routers", "", *_aligned(figure_rows(evaluation))]
     lines += ["", *(f"{name}: {meaning}" for name, meaning in FIGURES.items())]
     lines += ["", f"table sha256      {evaluation.table_sha256}"]
@@ -149,6 +158,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "split": evaluation.split,
         "n_prompts": evaluation.n_prompts,
         "candidates": evaluation.candidates,
+        "policy": evaluation.policy.model_dump(exclude_unset=True)
+        | {"type": evaluation.policy.type},
         "cost_quality": evaluation.cost_quality,
         "cost_unit": evaluation.cost_unit,
         "table_sha256": evaluation.table_sha256,

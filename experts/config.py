@@ -90,6 +90,11 @@ class _ExpertBase(_Strict):
     """US dollars per million prompt tokens."""
     output_usd_per_mtok: float = Field(default=0.0, ge=0)
     """US dollars per million answer tokens."""
+    latency_s: float | None = Field(default=None, gt=0)
+    """Seconds a whole answer typically takes, for policies with a ceiling; none leaves it to what
+    was measured when the router's outcome table was collected."""
+    energy_j: float | None = Field(default=None, gt=0)
+    """Joules a whole answer typically takes, for policies with a ceiling."""
     default_max_tokens: int = Field(default=512, ge=1)
     """Longest answer in tokens when the request names none."""
 
@@ -242,6 +247,8 @@ def cards_of(config: ExpertConfig) -> list[ExpertCard]:
         active_params_b=config.active_params_b,
         input_usd_per_mtok=config.input_usd_per_mtok,
         output_usd_per_mtok=config.output_usd_per_mtok,
+        latency_s=config.latency_s,
+        energy_j=config.energy_j,
         base_model=getattr(config, "model", None),
     )
     adapters: tuple[AdapterConfig, ...] = getattr(config, "adapters", ())

@@ -357,6 +357,10 @@ class ExpertCard(BaseModel):
     """US dollars per million prompt tokens."""
     output_usd_per_mtok: float = Field(default=0.0, ge=0)
     """US dollars per million answer tokens."""
+    latency_s: float | None = Field(default=None, gt=0)
+    """Seconds a whole answer typically takes; none leaves it to what was measured."""
+    energy_j: float | None = Field(default=None, gt=0)
+    """Joules a whole answer typically takes."""
     base_model: str | None = None
     """The model it is a fine-tune of."""
     adapter: str | None = None

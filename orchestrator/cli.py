@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "route": ("orchestrator.ask_cli:route_command", "Show who would answer, and why."),
     "train": ("routers.cli:train_command", "Fit a router, or fine-tune an adapter."),
     "evaluate": ("evals.evaluate_cli:evaluate_command", "Judge routers on an outcome table."),
+    "calibrate": ("evals.calibrate_cli:calibrate_command", "Fit a policy to a budget or a share."),
     "collect": ("evals.cli:collect_command", "Run experts on tasks: an outcome table."),
     "import": ("evals.import_cli:import_command", "Make an outcome table from other files."),
     "tasks": ("evals.cli:tasks_command", "List and export evaluation tasks."),

@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -26,6 +24,8 @@ from experts.config import EnvironmentName, ExpertConfig, cards_of
 from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
+from orchestrator.policies import PolicyConfig, UtilityPolicy
+from orchestrator.strict import StrictModel
 
 __all__ = [
     "ArtefactRouterConfig",
@@ -38,7 +38,6 @@ __all__ = [
     "ServerConfig",
     "SingleStrategyConfig",
     "StaticRouterConfig",
-    "UtilityPolicyConfig",
     "from_args",
     "load_config",
     "parse_config",
@@ -55,13 +54,7 @@ class ConfigError(Exception):
     """The config cannot be used. The message says where and what to do, a line per problem."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ArtefactRouterConfig(_Strict):
+class ArtefactRouterConfig(StrictModel):
     """A learned router, as ``collegium train`` wrote it."""
 
     type: Literal["artefact"] = "artefact"
@@ -70,7 +63,7 @@ class ArtefactRouterConfig(_Strict):
     """The artefact folder: a path, relative ones to the config file, or ``package:NAME/FOLDER``."""
 
 
-class StaticRouterConfig(_Strict):
+class StaticRouterConfig(StrictModel):
     """The same quality for every query: for pools nobody has measured yet."""
 
     type: Literal["static"]
@@ -82,23 +75,14 @@ class StaticRouterConfig(_Strict):
 RouterConfig = Annotated[ArtefactRouterConfig | StaticRouterConfig, Field(discriminator="type")]
 
 
-class UtilityPolicyConfig(_Strict):
-    """Order experts by quality less cost."""
-
-    type: Literal["utility"] = "utility"
-    """Which kind of policy."""
-    cost_quality: float = Field(default=1.0, ge=0, le=1)
-    """0 takes the cheapest expert, 1 the best; between them, quality is weighed against cost."""
-
-
-class SingleStrategyConfig(_Strict):
+class SingleStrategyConfig(StrictModel):
     """The first expert answers, or nobody."""
 
     type: Literal["single"]
     """Which kind of strategy."""
 
 
-class FallbackStrategyConfig(_Strict):
+class FallbackStrategyConfig(StrictModel):
     """The first expert answers; the next one if it fails before its first byte."""
 
     type: Literal["fallback"] = "fallback"
@@ -112,14 +96,14 @@ StrategyConfig = Annotated[
 ]
 
 
-class RouteConfig(_Strict):
+class RouteConfig(StrictModel):
     """A name users can put in ``model``: router, policy, strategy, and whom to choose from."""
 
     description: str = ""
     """What it is for, in a sentence; shown in ``/v1/models``."""
     router: str
     """Name of a router from ``routers``."""
-    policy: UtilityPolicyConfig = UtilityPolicyConfig()
+    policy: PolicyConfig = UtilityPolicy()
     """How predicted quality and cost become an order of experts."""
     strategy: StrategyConfig = FallbackStrategyConfig()
     """How the chosen experts' answers become one."""
@@ -127,7 +111,7 @@ class RouteConfig(_Strict):
     """Names of the experts to choose from; none means all that the router knows."""
 
 
-class LimitsConfig(_Strict):
+class LimitsConfig(StrictModel):
     """What one ingress replica accepts."""
 
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
@@ -138,7 +122,7 @@ class LimitsConfig(_Strict):
     """Seconds for one request, all attempts together."""
 
 
-class ServerConfig(_Strict):
+class ServerConfig(StrictModel):
     """The HTTP side."""
 
     host: str = "127.0.0.1"
@@ -153,7 +137,7 @@ class ServerConfig(_Strict):
     """What the ingress logs; ``info`` has one line per decision, without the prompt."""
 
 
-class RayConfig(_Strict):
+class RayConfig(StrictModel):
     """How Ray Serve runs on the machine ``collegium serve`` starts; a cluster has its own."""
 
     ingress_replicas: int = Field(default=1, ge=1)
@@ -181,7 +165,7 @@ class RayConfig(_Strict):
         return self
 
 
-class CollegiumConfig(_Strict):
+class CollegiumConfig(StrictModel):
     """Everything the service needs to know."""
 
     experts: tuple[ExpertConfig, ...] = Field(min_length=1)
@@ -240,6 +224,17 @@ class CollegiumConfig(_Strict):
                     raise ValueError(
                         f"route {route_name!r} uses the unknown expert {expert!r}; "
                         f"known: {', '.join(map(repr, names))}"
+                    )
+            if missing := route.policy.uncalibrated:
+                raise ValueError(
+                    f"the policy {route.policy.type!r} of route {route_name!r} has no "
+                    f"{missing!r}; 'collegium calibrate' finds it on an outcome table"
+                )
+            for expert in route.policy.named_experts:
+                if expert not in (listed or names):
+                    raise ValueError(
+                        f"the policy of route {route_name!r} names {expert!r}, which is none of "
+                        f"the route's experts: {', '.join(map(repr, listed or names))}"
                     )
         for router_name, router in self.routers.items():
             for expert in router.quality if isinstance(router, StaticRouterConfig) else ():

@@ -22,17 +22,12 @@ from orchestrator.config import (
 )
 from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
-from orchestrator.policies import (
-    UtilityPolicy,
-    expected_cost_usd,
-    order_by_utility,
-    relative_costs,
-)
+from orchestrator.policies import expected_costs, expected_usd, order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
-from routers.base import Prediction, Query, Router, RouterError
+from routers.base import Measured, Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
 
 __all__ = ["Orchestrator", "load_routers"]
@@ -51,6 +46,8 @@ class _Route:
     router: Router
     strategy: Strategy
     experts: tuple[str, ...]
+    excluded: Mapping[str, str]
+    measured: Mapping[str, Measured]
 
 
 def load_routers(config: CollegiumConfig) -> dict[str, Router]:
@@ -134,6 +131,7 @@ class Orchestrator:
         if route is None:
             raise UnknownModelError(request.model, [*self.routes, *self.cards])
         pool, excluded = split_pool(request, [self.cards[name] for name in route.experts])
+        excluded = {**route.excluded, **excluded}
         if not pool:
             raise EmptyPoolError(request.model, excluded)
         started = time.monotonic()
@@ -156,8 +154,8 @@ class Orchestrator:
         pool, excluded = split_pool(request, [self.cards[name]])
         if not pool:
             raise EmptyPoolError(name, excluded)
-        cost = expected_cost_usd(self.cards[name], estimated_prompt_tokens(request))
-        return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=cost),))
+        usd = expected_usd(pool, [estimated_prompt_tokens(request)], {})
+        return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=float(usd[0, 0])),))
 
     def run(
         self, request: AnyRequest, decision: Decision, context: RequestContext
@@ -207,17 +205,25 @@ def _build_route(
             f"{', '.join(map(repr, unknown or cards))}; train it on them, "
             f"or list only known ones under the route's 'experts'"
         )
+    measured = getattr(router, "measured", {})
+    try:
+        excluded = route.policy.excluded([cards[expert] for expert in experts], measured)
+    except ValueError as error:
+        raise ConfigError(f"route {name!r}: policy: {error}") from error
     try:
         # A broken router shows now, and what it loads on first use does not delay a request.
         router.predict([Query("warm-up")], experts)
     except RouterError as error:
         raise ConfigError(f"route {name!r}: router {route.router!r}: {error}") from error
+    if not (allowed := tuple(expert for expert in experts if expert not in excluded)):
+        reasons = "; ".join(f"{expert}: {why}" for expert, why in excluded.items())
+        raise ConfigError(f"route {name!r}: its policy leaves no expert ({reasons})")
     strategy: Strategy = (
         FallbackStrategy(route.strategy.max_attempts)
         if isinstance(route.strategy, FallbackStrategyConfig)
         else SingleStrategy()
     )
-    return _Route(route, router, strategy, experts)
+    return _Route(route, router, strategy, allowed, excluded, measured)
 
 
 def _decision(
@@ -231,23 +237,27 @@ def _decision(
     knob = route.config.policy.cost_quality if cost_quality is None else cost_quality
     if not 0 <= knob <= 1:
         raise BadRequestError(f"cost_quality must be from 0 to 1, got {knob:g}", "cost_quality")
-    policy = UtilityPolicy(knob)
-    tokens, limit = estimated_prompt_tokens(request), request.token_limit
-    costs = [expected_cost_usd(c, tokens, limit) if limit else expected_cost_usd(c, tokens)
-             for c in pool]  # fmt: skip
-    relative = relative_costs(pool, costs)
-    quality = [float(q) for q in prediction.quality[0]]
-    utilities = policy.utilities(quality, relative)
+    policy, names = route.config.policy, [card.name for card in pool]
+    usd = expected_usd(
+        pool,
+        [estimated_prompt_tokens(request)],
+        route.measured,
+        token_limit=request.token_limit,
+    )
+    costs = expected_costs(pool, usd, route.measured, policy.cost)
+    utilities = policy.utilities(names, prediction.quality, costs, cost_quality=knob)[0].tolist()
+    quality = prediction.quality[0].tolist()
     candidates = tuple(
-        Candidate(pool[j].name, quality[j], costs[j], utilities[j])
-        for j in order_by_utility(utilities, relative)
+        Candidate(names[j], quality[j], float(usd[0, j]), utilities[j])
+        for j in order_by_utility(utilities, costs[0].tolist())
     )
     why = prediction.explanations[0]
     return Decision(
         experts=tuple(candidate.expert for candidate in candidates),
+        width=policy.width([candidate.quality or 0.0 for candidate in candidates]),
         route=request.model,
         router=route.config.router,
-        policy=policy.name,
+        policy=policy.type,
         strategy=route.strategy.name,
         cost_quality=knob,
         candidates=candidates,

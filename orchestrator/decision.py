@@ -38,6 +38,7 @@ class Decision:
 
     Attributes:
         experts: Names, best first.
+        width: How many of them shall answer, for strategies that compose several answers.
         route: The route asked for; none if an expert was named.
         policy: Name of the policy; ``named`` if an expert was named.
         candidates: Every expert that could serve the request, best first.
@@ -49,6 +50,7 @@ class Decision:
     """
 
     experts: tuple[str, ...]
+    width: int = 1
     route: str | None = None
     router: str | None = None
     policy: str = "named"

@@ -1,115 +1,412 @@
 """From predicted quality and cost to an order of experts. Policies decide, they predict nothing.
 
+All policies are one formula. A candidate with predicted quality ``q`` and with the share ``r`` of
+the dearest candidate's cost has, at the knob ``k`` (``cost_quality``), the utility
+
+    k * (q - charge) - (1 - k) * r
+
+and policies differ in the charge: points of quality that a candidate must be better by. So the
+knob means the same everywhere: 0 takes the cheapest, 1 what the policy finds best. Raising it never
+makes the expected cost of a decision fall.
+
 A policy sees one request's numbers only, so the same request gets the same order whatever else is
-in flight.
+in flight. Numbers come as matrices of shape (n_requests, n_candidates): a service decides on one
+row, an evaluation on thousands, with the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from experts.types import ExpertCard
+from orchestrator.strict import StrictModel
+from routers.base import Measured
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Policy", "UtilityPolicy", "expected_cost_usd", "relative_costs"]
+__all__ = [
+    "BudgetPolicy",
+    "CostUnit",
+    "Policy",
+    "PolicyConfig",
+    "ThresholdPolicy",
+    "TopPPolicy",
+    "UtilityPolicy",
+    "expected_costs",
+    "expected_usd",
+    "order_by_utility",
+    "relative_costs",
+]
 
-# What is assumed of an answer nobody has seen yet, when the request sets no limit.
+# What is assumed of an answer nobody has seen yet, of an expert nobody has measured.
 TYPICAL_ANSWER_TOKENS = 256
 
-
-class Policy(Protocol):
-    """Orders candidates, best first."""
-
-    name: str
-
-    def utilities(self, quality: Sequence[float], relative_cost: Sequence[float]) -> list[float]:
-        """The worth of each candidate; higher is better."""
-        ...
+CostUnit = Literal["usd", "active_params_b", "latency_s"]
 
 
-@dataclass(frozen=True, slots=True)
-class UtilityPolicy:
-    """Quality less cost, weighed by one knob.
+class Policy(StrictModel):
+    """What all policies share: the knob, ceilings, and the expert that is as good as free.
 
-    The utility of candidate ``j`` is ``cost_quality * quality[j] - (1 - cost_quality) *
-    relative_cost[j]``. Ties go to the cheaper, then to the earlier candidate.
+    Ceilings mask: experts beyond them are no candidates, and the others are compared as if they
+    were all there are. A router trained on all models need not be trained again for that.
 
-    Args:
-        cost_quality: 0 takes the cheapest, 1 the best; the same number users send per request.
-
-    Examples:
-        >>> UtilityPolicy(1.0).choose([0.7, 0.9], [0.1, 1.0])
-        [1, 0]
-        >>> UtilityPolicy(0.5).choose([0.7, 0.9], [0.1, 1.0])
-        [0, 1]
+    References:
+        Jin et al., "MoE^2" (arXiv:2501.09410): a gate that is optimal for all experts stays so for
+        those that keep to latency and energy limits, masked and normalised again. Zeng et al.,
+        "AdaMoE" (arXiv:2406.13233): null experts, here an expert that others must beat by a margin.
     """
 
-    cost_quality: float = 1.0
-    name: str = "utility"
+    type: str
+    """Which kind of policy."""
+    cost_quality: float = Field(default=1.0, ge=0, le=1)
+    """0 takes the cheapest expert, 1 the best by this policy; the same number users send per
+    request."""
+    cost: CostUnit | None = None
+    """What costs are: ``usd``, ``active_params_b`` or ``latency_s``; none takes the first of
+    these that is known of any candidate."""
+    max_latency_s: float | None = Field(default=None, gt=0)
+    """Leave out experts whose answers typically take longer, in seconds."""
+    max_energy_j: float | None = Field(default=None, gt=0)
+    """Leave out experts whose answers typically take more energy, in joules."""
+    null_expert: str | None = None
+    """An expert that answers unless another is predicted better by ``null_margin``: the smallest
+    model, or one that answers from a cache."""
+    null_margin: float = Field(default=0.02, ge=0, le=1)
+    """Points of quality by which others must be better than ``null_expert``."""
 
-    def utilities(self, quality: Sequence[float], relative_cost: Sequence[float]) -> list[float]:
-        """The worth of each candidate; higher is better."""
-        weight = self.cost_quality
-        return [
-            weight * float(q) - (1 - weight) * float(c)
-            for q, c in zip(quality, relative_cost, strict=True)
-        ]
+    @property
+    def uncalibrated(self) -> str | None:
+        """The number that ``collegium calibrate`` has to find before the policy can decide."""
+        return None
 
-    def choose(self, quality: Sequence[float], relative_cost: Sequence[float]) -> list[int]:
-        """Indices of the candidates, best first.
+    @property
+    def named_experts(self) -> tuple[str, ...]:
+        """Experts the policy speaks of."""
+        return () if self.null_expert is None else (self.null_expert,)
 
-        Args:
-            quality: Predicted quality of each candidate, in [0, 1].
-            relative_cost: Cost of each candidate, 1 for the dearest; see ``relative_costs``.
+    def excluded(
+        self, cards: Sequence[ExpertCard], measured: Mapping[str, Measured]
+    ) -> dict[str, str]:
+        """Experts that may not be chosen, each with the reason.
+
+        Raises:
+            ValueError: A ceiling is set, and what it limits is unknown of an expert.
         """
-        return order_by_utility(self.utilities(quality, relative_cost), relative_cost)
+        reasons = {}
+        for field, unit, ceiling in (
+            ("latency_s", "s", self.max_latency_s),
+            ("energy_j", "J", self.max_energy_j),
+        ):
+            if ceiling is None:
+                continue
+            for card in cards:
+                found = _typical(card, field, measured)
+                if found is None:
+                    raise ValueError(
+                        f"max_{field} needs {field!r} of every expert, and nobody knows that of "
+                        f"{card.name!r}; write it into the expert's config"
+                    )
+                if found > ceiling:
+                    reasons[card.name] = (
+                        f"an answer typically takes {found:g} {unit}, more than {ceiling:g}"
+                    )
+        return reasons
 
-    def choose_all(
-        self, quality: NDArray[np.floating], relative_cost: NDArray[np.float64]
-    ) -> NDArray[np.intp]:
-        """The first of ``choose`` for many requests at once.
+    def charges(self, names: Sequence[str], costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Points of quality each candidate must be better by.
 
         Args:
-            quality: Shape (n_requests, n_candidates).
-            relative_cost: Same shape.
+            names: Of the candidates.
+            costs: Expected, in the policy's unit, shape (n_requests, n_candidates).
 
         Returns:
-            Shape (n_requests,).
+            Same shape as ``costs``.
         """
         import numpy as np
 
-        weight = self.cost_quality
-        utilities = weight * quality.astype(np.float64) - (1 - weight) * relative_cost
+        charged = np.zeros_like(costs)
+        if self.null_expert in names:
+            charged += np.array([0.0 if name == self.null_expert else self.null_margin
+                                 for name in names])  # fmt: skip
+        return charged
+
+    def relative(self, names: Sequence[str], costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Costs as the knob weighs them, the dearest 1, same shape as ``costs``."""
+        return relative_costs(costs)
+
+    def utilities(
+        self,
+        names: Sequence[str],
+        quality: NDArray[np.floating],
+        costs: NDArray[np.float64],
+        *,
+        cost_quality: float | None = None,
+    ) -> NDArray[np.float64]:
+        """The worth of each candidate; higher is better.
+
+        Args:
+            names: Of the candidates.
+            quality: Predicted, in [0, 1], shape (n_requests, n_candidates).
+            costs: Expected, in the policy's unit, same shape.
+            cost_quality: The requests' own knob, instead of the policy's.
+
+        Returns:
+            Same shape.
+        """
+        knob = self.cost_quality if cost_quality is None else cost_quality
+        worth = quality.astype("float64") - self.charges(names, costs)
+        return knob * worth - (1 - knob) * self.relative(names, costs)
+
+    def choices(
+        self,
+        names: Sequence[str],
+        quality: NDArray[np.floating],
+        costs: NDArray[np.float64],
+        *,
+        cost_quality: float | None = None,
+    ) -> NDArray[np.intp]:
+        """Position of the best candidate of each request, shape (n_requests,)."""
+        import numpy as np
+
+        utilities = self.utilities(names, quality, costs, cost_quality=cost_quality)
         best = utilities == utilities.max(axis=1, keepdims=True)
-        return np.asarray(np.where(best, relative_cost, np.inf).argmin(axis=1), np.intp)
+        return np.asarray(np.where(best, costs, np.inf).argmin(axis=1), np.intp)
+
+    def width(self, quality: Sequence[float]) -> int:
+        """How many experts shall answer, given the predicted quality of each in their order."""
+        return 1
 
 
-def order_by_utility(utilities: Sequence[float], relative_cost: Sequence[float]) -> list[int]:
-    """Indices by falling utility; ties go to the cheaper, then to the earlier candidate."""
-    return sorted(range(len(utilities)), key=lambda j: (-utilities[j], relative_cost[j], j))
+class UtilityPolicy(Policy):
+    """Order experts by quality less cost."""
+
+    type: Literal["utility"] = "utility"
+    """Which kind of policy."""
 
 
-def expected_cost_usd(
-    card: ExpertCard, prompt_tokens: float, answer_tokens: float = TYPICAL_ANSWER_TOKENS
-) -> float:
-    """What one request is expected to cost with this expert, in US dollars."""
-    input_usd = prompt_tokens * card.input_usd_per_mtok
-    return (input_usd + answer_tokens * card.output_usd_per_mtok) / 1e6
+class BudgetPolicy(Policy):
+    """Keep to a mean cost: a unit of cost is charged a price in points of quality.
 
-
-def relative_costs(cards: Sequence[ExpertCard], costs_usd: Sequence[float]) -> list[float]:
-    """Costs on a scale where the dearest candidate has 1.
-
-    Where nobody has a price, active parameters stand in for it: they are what a self-hosted
-    expert costs in compute. Where these are unknown too, all cost nothing.
+    Of all ways to spend the same, choosing the best of quality less price times cost is the one
+    with the highest mean quality. ``collegium calibrate`` finds the price.
     """
-    costs = list(costs_usd)
-    if not any(costs):
-        costs = [card.active_params_b or card.total_params_b or 0.0 for card in cards]
-    dearest = max(costs, default=0.0)
-    return [cost / dearest for cost in costs] if dearest > 0 else [0.0] * len(costs)
+
+    type: Literal["budget"]
+    """Which kind of policy."""
+    max_mean_cost: float | None = Field(default=None, gt=0)
+    """The bound, in the policy's unit, for ``collegium calibrate``."""
+    price: float | None = Field(default=None, ge=0)
+    """Points of quality that a unit of cost must bring; found by ``collegium calibrate``."""
+
+    @property
+    def uncalibrated(self) -> str | None:
+        """``price``, if it is not known yet."""
+        return "price" if self.price is None else None
+
+    def charges(self, names: Sequence[str], costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Price times cost."""
+        return super().charges(names, costs) + _known(self.price) * costs
+
+
+class ThresholdPolicy(Policy):
+    """Two experts: the strong one only where it is predicted better by a threshold.
+
+    References:
+        Ong et al., "RouteLLM" (arXiv:2406.18665). Departs from it in thresholding the difference of
+        two predicted qualities, which any router has, instead of a predicted win rate.
+    """
+
+    type: Literal["threshold"]
+    """Which kind of policy."""
+    weak: str
+    """The expert that answers by default."""
+    strong: str
+    """The expert that answers where it is worth it."""
+    strong_share: float | None = Field(default=None, ge=0, le=1)
+    """Share of requests that the strong one shall get, for ``collegium calibrate``."""
+    threshold: float | None = Field(default=None, ge=-1, le=1)
+    """Points of quality the strong one must be better by; found by ``collegium calibrate``."""
+
+    @model_validator(mode="after")
+    def _two(self) -> ThresholdPolicy:
+        if self.weak == self.strong:
+            raise ValueError(f"weak and strong are both {self.weak!r}; name two experts")
+        return self
+
+    @property
+    def uncalibrated(self) -> str | None:
+        """``threshold``, if it is not known yet."""
+        return "threshold" if self.threshold is None else None
+
+    @property
+    def named_experts(self) -> tuple[str, ...]:
+        """The two, and the null expert."""
+        return (self.weak, self.strong, *super().named_experts)
+
+    def excluded(
+        self, cards: Sequence[ExpertCard], measured: Mapping[str, Measured]
+    ) -> dict[str, str]:
+        """All but the two, and those beyond a ceiling."""
+        pair = (self.weak, self.strong)
+        others = {c.name: f"the policy chooses between {self.weak!r} and {self.strong!r}"
+                  for c in cards if c.name not in pair}  # fmt: skip
+        return others | super().excluded([card for card in cards if card.name in pair], measured)
+
+    def charges(self, names: Sequence[str], costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The threshold for the strong one."""
+        import numpy as np
+
+        extra = [_known(self.threshold) if name == self.strong else 0.0 for name in names]
+        return np.asarray(super().charges(names, costs) + np.array(extra))
+
+    def relative(self, names: Sequence[str], costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """1 for the strong one, whatever it costs."""
+        import numpy as np
+
+        strong = np.array([float(name == self.strong) for name in names])
+        return np.asarray(np.zeros_like(costs) + strong)
+
+
+class TopPPolicy(Policy):
+    """As many experts as it takes until one of them is right with enough confidence.
+
+    Experts are taken in the order of utility until 1 - prod(1 - quality) reaches ``confidence``, or
+    there are ``max_experts``: without that cap, flat predictions would call everybody. Experts err
+    on the same prompts, so the product is too sure of itself; ``collegium calibrate`` finds the
+    ``confidence`` that reaches the wanted ``coverage`` on prompts with known outcomes.
+
+    References:
+        Huang et al., "Harder Tasks Need More Experts" (arXiv:2403.07652): as many experts as reach
+        a cumulated probability. Departs from it in adding up qualities as chances of independent
+        experts, which need not sum to 1, and in the cap.
+    """
+
+    type: Literal["top_p"]
+    """Which kind of policy."""
+    max_experts: int = Field(default=3, ge=1)
+    """Experts at most."""
+    coverage: float | None = Field(default=None, gt=0, lt=1)
+    """Share of requests of which some asked expert shall be right, for ``collegium calibrate``."""
+    confidence: float | None = Field(default=None, ge=0, le=1)
+    """When to stop adding experts; found by ``collegium calibrate``."""
+
+    @property
+    def uncalibrated(self) -> str | None:
+        """``confidence``, if it is not known yet."""
+        return "confidence" if self.confidence is None else None
+
+    def width(self, quality: Sequence[float]) -> int:
+        """How many experts reach the confidence together."""
+        wrong = 1.0
+        for number, chance in enumerate(quality[: self.max_experts], start=1):
+            wrong *= 1.0 - chance
+            if 1.0 - wrong >= _known(self.confidence):
+                return number
+        return min(self.max_experts, len(quality))
+
+
+def _typed(fields: Any) -> Any:
+    """A policy without a type is quality less cost."""
+    return {"type": "utility", **fields} if isinstance(fields, dict) else fields
+
+
+PolicyConfig = Annotated[
+    UtilityPolicy | BudgetPolicy | ThresholdPolicy | TopPPolicy,
+    Field(discriminator="type"),
+    BeforeValidator(_typed),
+]
+
+
+def order_by_utility(utilities: Sequence[float], costs: Sequence[float]) -> list[int]:
+    """Positions by falling utility; ties go to the cheaper, then to the earlier candidate."""
+    return sorted(range(len(utilities)), key=lambda j: (-utilities[j], costs[j], j))
+
+
+def expected_usd(
+    cards: Sequence[ExpertCard],
+    prompt_tokens: Sequence[float],
+    measured: Mapping[str, Measured],
+    *,
+    token_limit: float | None = None,
+) -> NDArray[np.float64]:
+    """What requests are expected to cost, in US dollars, shape (n_requests, n_candidates).
+
+    Prices of the cards times the prompt's tokens and those of the expert's mean answer; the mean
+    cost that was measured where an expert has no price.
+
+    Args:
+        cards: Of the candidates.
+        prompt_tokens: Of each request.
+        measured: What is known of experts' answers, by name.
+        token_limit: Tokens that answers may have.
+    """
+    import numpy as np
+
+    prices = [(card.input_usd_per_mtok, card.output_usd_per_mtok) for card in cards]
+    into, out = np.array(prices, np.float64).reshape(-1, 2).T / 1e6
+    known = [measured.get(card.name, Measured()) for card in cards]
+    answers = np.array([one.output_tokens or TYPICAL_ANSWER_TOKENS for one in known], np.float64)
+    if token_limit is not None:
+        answers = np.minimum(answers, token_limit)
+    stated = np.array([one.cost_usd or 0.0 for one in known])
+    priced = np.asarray(prompt_tokens, np.float64)[:, None] * into + answers * out
+    return np.where((into > 0) | (out > 0), priced, stated)
+
+
+def expected_costs(
+    cards: Sequence[ExpertCard],
+    usd: NDArray[np.float64],
+    measured: Mapping[str, Measured],
+    unit: CostUnit | None = None,
+) -> NDArray[np.float64]:
+    """Costs of candidates in a policy's unit.
+
+    Args:
+        cards: Of the candidates.
+        usd: Expected, shape (n_requests, n_candidates); see ``expected_usd``.
+        measured: What is known of experts' answers, by name.
+        unit: None takes US dollars, where nobody has a price active parameters, which are what a
+            self-hosted expert costs in compute, and where these are unknown too the latency.
+
+    Returns:
+        Same shape as ``usd``; 0 where unknown.
+    """
+    import numpy as np
+
+    if unit == "usd" or (unit is None and usd.any()):
+        return usd
+    columns = {
+        "active_params_b": [card.active_params_b or card.total_params_b or 0.0 for card in cards],
+        "latency_s": [_typical(card, "latency_s", measured) or 0.0 for card in cards],
+    }
+    if unit is None:
+        unit = "active_params_b" if any(columns["active_params_b"]) else "latency_s"
+    return np.zeros_like(usd) + np.array(columns[unit], np.float64)
+
+
+def relative_costs(costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Costs on a scale where each request's dearest candidate has 1; same shape."""
+    import numpy as np
+
+    dearest = costs.max(axis=-1, keepdims=True, initial=0.0)
+    return np.asarray(np.divide(costs, dearest, out=np.zeros_like(costs), where=dearest > 0))
+
+
+def _known(number: float | None) -> float:
+    if number is None:
+        raise ValueError("the policy is not calibrated yet; run 'collegium calibrate'")
+    return number
+
+
+def _typical(card: ExpertCard, field: str, measured: Mapping[str, Measured]) -> float | None:
+    """What the card says, else what was measured while the router was trained."""
+    stated: float | None = getattr(card, field)
+    if stated is not None:
+        return stated
+    found: float | None = getattr(measured.get(card.name), field, None)
+    return found

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from routers.base import RouterError
+from routers.base import Measured, RouterError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +78,8 @@ class Manifest(BaseModel):
     """Hyper-parameters, as given to the constructor."""
     state: dict[str, Any] = Field(default_factory=dict)
     """Fitted numbers that are not arrays."""
+    measured: dict[str, Measured] = Field(default_factory=dict)
+    """What the training rows tell of each model's answers; policies reckon with it."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """What was measured while fitting."""
     created_with: str = ""

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from routers.outcomes import OutcomeTable
 
-__all__ = ["Explanation", "Prediction", "Query", "Router", "RouterError", "TrainableRouter"]
+__all__ = [
+    "Explanation",
+    "Measured",
+    "Prediction",
+    "Query",
+    "Router",
+    "RouterError",
+    "TrainableRouter",
+]
 
 
 class RouterError(Exception):
@@ -62,6 +70,15 @@ class Prediction:
 
     quality: NDArray[np.float32]
     explanations: list[Explanation]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Means over a model's answers in the outcome table a router was trained on, where known."""
+
+    output_tokens: float | None = None
+    latency_s: float | None = None
+    cost_usd: float | None = None
 
 
 @runtime_checkable

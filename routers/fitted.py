@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from routers.artefact import Artefact, EncoderId, Manifest, encoder_of, load_artefact, save_artefact
-from routers.base import Explanation, Prediction, Query, RouterError
+from routers.base import Explanation, Measured, Prediction, Query, RouterError
 from routers.encoders import Encoder, get_encoder
 from routers.params import candidate_columns, check_known_params, check_text, not_fitted
 
@@ -77,6 +77,7 @@ class FittedRouter:
         models_: Names of the models it predicts for.
         categories_: Names of the categories it knows; none if it knows none.
         metrics_: What was measured while fitting.
+        measured: What is known of the models' answers in the training rows, by model.
     """
 
     method: str
@@ -86,6 +87,7 @@ class FittedRouter:
     models_: list[str] | None = None
     categories_: list[str] | None = None
     metrics_: dict[str, Any]
+    measured: Mapping[str, Measured] = {}
     _table_sha256: str | None = None
     _split: str | None = None
 
@@ -125,6 +127,7 @@ class FittedRouter:
         rows = self._rows(table, split)
         self._learn(rows)
         self.models_ = rows.models
+        self.measured = table.measured(split, rows.models)
         self._table_sha256, self._split = table.sha256, split
         self._ready()
         return self
@@ -217,6 +220,7 @@ class FittedRouter:
             split=self._split,
             params=self._params(),
             state={name: float(getattr(self, f"{name}_")) for name in self.numbers},
+            measured=dict(self.measured),
             metrics=self.metrics_,
         )
 
@@ -260,6 +264,7 @@ class FittedRouter:
         for name in self.numbers:
             setattr(self, f"{name}_", artefact.state(name))
         self.metrics_ = dict(manifest.metrics)
+        self.measured = manifest.measured
         self.models_, self.categories_ = list(manifest.models), manifest.categories
         self._table_sha256, self._split = manifest.table_sha256, manifest.split
         self._ready()

@@ -6,7 +6,8 @@ A table is a folder:
 * ``outcomes.parquet``: ``prompt_id``, ``model``, ``score`` in [0, 1] (missing row = not run),
   optional ``input_tokens``, ``output_tokens``, ``latency_s``, ``cost_usd``
 * optional ``models.json``: per model any of ``total_params_b``, ``active_params_b``,
-  ``input_usd_per_mtok``, ``output_usd_per_mtok``, ``base_model``, ``adapter``
+  ``input_usd_per_mtok``, ``output_usd_per_mtok``, ``latency_s``, ``energy_j``, ``base_model``,
+  ``adapter``
 
 Prompts and cards are read at once, outcomes when they are first asked for, so that an evaluation
 can decide before any score is read. Knows nothing of routers.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from experts.types import ExpertCard
-from routers.base import RouterError
+from routers.base import Measured, RouterError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,8 @@ CARD_FIELDS = {
     "active_params_b",
     "input_usd_per_mtok",
     "output_usd_per_mtok",
+    "latency_s",
+    "energy_j",
     "base_model",
     "adapter",
 }
@@ -219,6 +222,30 @@ class OutcomeTable:
             usd = usd + self._cells(f"{side}_tokens", split, names) * prices / 1e6
         stated = self._cells("cost_usd", split, names)
         return np.where(np.isnan(stated), usd, stated)
+
+    def latency_s(self, split: str, models: Sequence[str] | None = None) -> NDArray[np.float64]:
+        """Seconds per answer, shape (n_prompts, n_models), NaN where unknown."""
+        return self._cells("latency_s", split, models)
+
+    def measured(self, split: str, models: Sequence[str]) -> dict[str, Measured]:
+        """Means over models' answers; models of which nothing was measured are left out."""
+        import numpy as np
+
+        means = {}
+        for name in ("output_tokens", "latency_s", "cost_usd"):
+            cells = self.costs_usd(split, models) if name == "cost_usd" else self._cells(
+                name, split, models
+            )  # fmt: skip
+            present = ~np.isnan(cells)
+            total = np.where(present, cells, 0.0).sum(axis=0)
+            means[name] = [
+                float(t / n) if n else None for t, n in zip(total, present.sum(axis=0), strict=True)
+            ]
+        found = {
+            model: Measured(**{name: column[j] for name, column in means.items()})
+            for j, model in enumerate(models)
+        }
+        return {model: known for model, known in found.items() if known != Measured()}
 
     def _cells(self, column: str, split: str, models: Sequence[str] | None) -> NDArray[np.float64]:
         import numpy as np

@@ -186,6 +186,8 @@ class RouteBody(_Shape):
     id: str
     experts: list[str]
     """Names, best first."""
+    width: int
+    """How many of them shall answer, for strategies that compose several answers."""
     route: str | None
     router: str | None
     policy: str

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from evals.evaluate import decide, decisions_sha256, judge, shared_pool
+from evals.decisions import decide, decisions_sha256, shared_pool
+from evals.evaluate import judge
 from evals.evaluate_cli import evaluate_command
 from evals.html_report import as_html
 from evals.report import as_json, as_text

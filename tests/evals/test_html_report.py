@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from evals.evaluate import decide, judge
+from evals.decisions import decide
+from evals.evaluate import judge
 from evals.html_report import as_html
 from evals.svg import Plot, _ticks
 from routers.baselines import BestSingleRouter

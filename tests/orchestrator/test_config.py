@@ -68,7 +68,7 @@ def test_a_minimal_config_has_defaults():
         ("routers.table.quality.small", 1.5, "routers.table.static.quality.small: "),
         ("routers.table.quality.small", float("nan"), "routers.table.static.quality.small: "),
         ("routers.table.kind", "static", "routers.table.static.kind: Extra"),
-        ("routes.auto.policy.cost_quality", 2, "routes.auto.policy.cost_quality: "),
+        ("routes.auto.policy.cost_quality", 2, "routes.auto.policy.utility.cost_quality: "),
         ("routes.auto.strategy", {"type": "oracle"}, "'single', 'fallback'"),
         ("routes.auto.strategy", {"type": "fallback", "max_attempts": 0}, "max_attempts"),
         ("routes.auto.experts", [], "routes.auto.experts: "),

@@ -61,12 +61,67 @@ async def test_a_knob_out_of_range_is_refused(orchestrator, knob):
         await orchestrator.decide(chat_request(), cost_quality=knob)
 
 
+async def test_a_token_limit_bounds_the_expected_cost(orchestrator):
+    decision = await orchestrator.decide(chat_request("x" * 4000, max_tokens=100))
+    assert decision.candidates[0].cost_usd == pytest.approx((1000 * 5 + 100 * 10) / 1e6)
+
+
+def _with_policy(policy, **card):
+    content = config_content()
+    content["routes"]["auto"]["policy"] = policy
+    for entry in content["experts"]:
+        entry |= {name: values[entry["name"]] for name, values in card.items()}
+    return build(parse_config(content))
+
+
+LATENCIES = {"small": 0.2, "medium": 1.0, "large": 4.0}
+
+
+async def test_a_slow_expert_is_left_out_and_the_reason_shown():
+    found = _with_policy({"max_latency_s": 2}, latency_s=LATENCIES)
+    decision = await found.decide(chat_request())
+    assert decision.experts == ("medium", "small")
+    assert decision.excluded == {"large": "an answer typically takes 4 s, more than 2"}
+    # Compared as if they were all there are: the dearest that is left costs 1.
+    knob = await found.decide(chat_request(), cost_quality=0.5)
+    assert knob.candidates[-1].utility == pytest.approx(0.5 * 0.7 - 0.5)
+
+
+async def test_a_budget_charges_for_cost():
+    usd = (256 * 10 + 1 * 5) / 1e6
+    found = _with_policy({"type": "budget", "price": 0.3 / usd})
+    decision = await found.decide(chat_request())
+    assert decision.policy == "budget"
+    assert decision.experts[0] == "medium"
+    assert (await found.decide(chat_request(), cost_quality=0.0)).experts[0] == "small"
+
+
+async def test_top_p_says_how_many_experts_shall_answer():
+    found = _with_policy({"type": "top_p", "confidence": 0.95, "max_experts": 3})
+    decision = await found.decide(chat_request())
+    assert decision.experts[: decision.width] == ("large", "medium")
+
+
+@pytest.mark.parametrize(
+    ("policy", "card", "said"),
+    [
+        ({"max_latency_s": 2}, {}, "max_latency_s needs 'latency_s' of every expert"),
+        ({"max_latency_s": 0.1}, {"latency_s": LATENCIES}, "its policy leaves no expert"),
+        ({"type": "budget", "max_mean_cost": 1}, {}, "has no 'price'; 'collegium calibrate'"),
+        ({"null_expert": "tiny"}, {}, "names 'tiny', which is none of the route's experts"),
+    ],
+)
+def test_policies_that_cannot_decide_are_refused_at_the_start(policy, card, said):
+    with pytest.raises(ConfigError, match=said):
+        _with_policy(policy, **card)
+
+
 async def test_decisions_show_quality_cost_and_utility_of_every_candidate(orchestrator):
     decision = await orchestrator.decide(chat_request("x" * 4000, max_tokens=1000))
     best = decision.candidates[0]
     assert best.expert == "large"
     assert best.quality == pytest.approx(0.9)
-    assert best.cost_usd == pytest.approx((1000 * 5 + 1000 * 10) / 1e6)
+    assert best.cost_usd == pytest.approx((1000 * 5 + 256 * 10) / 1e6)
     assert best.utility == pytest.approx(0.9)
 
 

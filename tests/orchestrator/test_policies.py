@@ -4,83 +4,173 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from experts.types import ExpertCard
 from orchestrator.policies import (
+    BudgetPolicy,
+    Policy,
+    PolicyConfig,
+    ThresholdPolicy,
+    TopPPolicy,
     UtilityPolicy,
-    expected_cost_usd,
+    expected_costs,
+    expected_usd,
     order_by_utility,
     relative_costs,
 )
+from routers.base import Measured
 
-QUALITY = [0.5, 0.7, 0.9]
-COST = [0.02, 0.2, 1.0]
+NAMES = ["small", "middle", "large"]
+QUALITY = np.array([[0.5, 0.7, 0.9]])
+COST = np.array([[0.02, 0.2, 1.0]])
+
+POLICIES: list[Policy] = [
+    UtilityPolicy(),
+    UtilityPolicy(null_expert="small", null_margin=0.1),
+    BudgetPolicy(type="budget", price=0.3),
+    ThresholdPolicy(type="threshold", weak="small", strong="large", threshold=-0.1),
+    TopPPolicy(type="top_p", confidence=0.8),
+]
+
+
+def _order(policy: Policy, knob: float, quality=QUALITY, costs=COST) -> list[int]:
+    utilities = policy.utilities(NAMES, quality, costs, cost_quality=knob)[0]
+    return order_by_utility(utilities.tolist(), costs[0].tolist())
 
 
 def test_quality_alone_decides_at_one():
-    assert UtilityPolicy(1.0).choose(QUALITY, COST) == [2, 1, 0]
+    assert _order(UtilityPolicy(), 1.0) == [2, 1, 0]
 
 
 def test_cost_alone_decides_at_zero():
-    assert UtilityPolicy(0.0).choose(QUALITY, COST) == [0, 1, 2]
+    assert _order(UtilityPolicy(), 0.0) == [0, 1, 2]
 
 
 def test_the_middle_weighs_both():
-    utilities = UtilityPolicy(0.75).utilities(QUALITY, COST)
-    assert utilities == pytest.approx([0.37, 0.475, 0.425])
-    assert UtilityPolicy(0.75).choose(QUALITY, COST) == [1, 2, 0]
+    utilities = UtilityPolicy(cost_quality=0.75).utilities(NAMES, QUALITY, COST)
+    assert utilities[0] == pytest.approx([0.37, 0.475, 0.425])
+    assert _order(UtilityPolicy(), 0.75) == [1, 2, 0]
 
 
 def test_ties_go_to_the_cheaper_then_to_the_earlier_candidate():
     assert order_by_utility([0.5, 0.5, 0.5], [1.0, 0.2, 0.2]) == [1, 2, 0]
 
 
-def test_lists_of_different_lengths_are_a_mistake():
-    with pytest.raises(ValueError, match="zip"):
-        UtilityPolicy().choose([0.5], COST)
+def test_a_price_makes_experts_earn_their_cost():
+    # Large is better than middle by 0.2 for 0.8 more, middle than small by 0.2 for 0.18 more.
+    assert _order(BudgetPolicy(type="budget", price=0.0), 1.0)[0] == 2
+    assert _order(BudgetPolicy(type="budget", price=0.5), 1.0)[0] == 1
+    assert _order(BudgetPolicy(type="budget", price=2.0), 1.0)[0] == 0
+
+
+def test_the_strong_expert_answers_above_the_threshold_only():
+    two = ["small", "large"]
+    for threshold, wanted in ((0.39, "large"), (0.41, "small")):
+        policy = ThresholdPolicy(
+            type="threshold", weak="small", strong="large", threshold=threshold
+        )
+        choice = policy.choices(two, QUALITY[:, [0, 2]], COST[:, [0, 2]])
+        assert two[choice[0]] == wanted
+    cards = [ExpertCard(name=name) for name in NAMES]
+    assert set(policy.excluded(cards, {})) == {"middle"}
+
+
+def test_the_null_expert_answers_unless_another_is_better_by_the_margin():
+    assert _order(UtilityPolicy(null_expert="middle", null_margin=0.19), 1.0)[0] == 2
+    assert _order(UtilityPolicy(null_expert="middle", null_margin=0.21), 1.0)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("quality", "width"),
+    [([0.95, 0.5], 1), ([0.7, 0.7, 0.1], 2), ([0.1, 0.1, 0.1, 0.1], 3), ([0.2], 1)],
+)
+def test_top_p_takes_experts_until_one_of_them_is_surely_right(quality, width):
+    assert TopPPolicy(type="top_p", confidence=0.9, max_experts=3).width(quality) == width
+
+
+def test_experts_beyond_a_ceiling_are_left_out_with_the_reason():
+    cards = [ExpertCard(name="a", latency_s=2.0, energy_j=5.0), ExpertCard(name="b", energy_j=50)]
+    measured = {"b": Measured(latency_s=0.5)}
+    assert UtilityPolicy(max_latency_s=1).excluded(cards, measured) == {
+        "a": "an answer typically takes 2 s, more than 1"
+    }
+    assert set(UtilityPolicy(max_energy_j=20).excluded(cards, {})) == {"b"}
+    with pytest.raises(ValueError, match=r"max_latency_s needs 'latency_s' of every expert.*'b'"):
+        UtilityPolicy(max_latency_s=1).excluded(cards, {})
+
+
+def test_a_policy_without_its_number_says_how_to_find_it():
+    policy = BudgetPolicy(type="budget", max_mean_cost=1.0)
+    assert policy.uncalibrated == "price"
+    with pytest.raises(ValueError, match="collegium calibrate"):
+        policy.choices(NAMES, QUALITY, COST)
+
+
+def test_two_experts_must_be_two():
+    with pytest.raises(ValidationError, match="name two experts"):
+        ThresholdPolicy(type="threshold", weak="a", strong="a")
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.type)
+def test_a_policy_survives_its_own_dump(policy):
+    adapter = TypeAdapter(PolicyConfig)
+    assert adapter.validate_python(policy.model_dump()) == policy
 
 
 def test_expected_cost_counts_prompt_and_answer():
-    card = ExpertCard(name="a", input_usd_per_mtok=2, output_usd_per_mtok=8)
-    assert expected_cost_usd(card, 1000, 500) == pytest.approx(0.006)
+    cards = [ExpertCard(name="a", input_usd_per_mtok=2, output_usd_per_mtok=8)]
+    assert expected_usd(cards, [1000], {}, token_limit=100)[0, 0] == pytest.approx(0.0028)
+    measured = {"a": Measured(output_tokens=50)}
+    assert expected_usd(cards, [1000], measured)[0, 0] == pytest.approx(0.0024)
+    unpriced = [ExpertCard(name="b")]
+    assert expected_usd(unpriced, [1000], {"b": Measured(cost_usd=0.5)})[0, 0] == 0.5
 
 
 def test_the_dearest_candidate_has_cost_one():
-    cards = [ExpertCard(name=name) for name in "ab"]
-    assert relative_costs(cards, [0.001, 0.004]) == [0.25, 1.0]
+    assert relative_costs(np.array([[0.001, 0.004], [0.0, 0.0]])).tolist() == [[0.25, 1], [0, 0]]
 
 
-def test_active_parameters_stand_in_for_missing_prices():
+def test_active_parameters_then_latency_stand_in_for_missing_prices():
     cards = [
         ExpertCard(name="a", total_params_b=8),
-        ExpertCard(name="b", total_params_b=30, active_params_b=2),
+        ExpertCard(name="b", total_params_b=30, active_params_b=2, latency_s=3),
     ]
-    assert relative_costs(cards, [0, 0]) == [1.0, 0.25]
+    nothing = np.zeros((1, 2))
+    assert expected_costs(cards, nothing, {})[0].tolist() == [8.0, 2.0]
+    assert expected_costs(cards, nothing, {}, "latency_s")[0].tolist() == [0.0, 3.0]
+    assert expected_costs(cards, nothing + 1, {})[0].tolist() == [1.0, 1.0]
+    unknown = [ExpertCard(name="c"), ExpertCard(name="d")]
+    assert expected_costs(unknown, nothing, {"d": Measured(latency_s=2)})[0].tolist() == [0.0, 2.0]
 
 
-def test_without_prices_and_parameters_all_cost_nothing():
-    assert relative_costs([ExpertCard(name="a")], [0.0]) == [0.0]
-    assert relative_costs([], []) == []
-
-
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.type)
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
-    st.floats(0, 1),
+    qualities=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    costs=st.lists(st.floats(0.01, 1), min_size=3, max_size=3),
+    knobs=st.lists(st.floats(0, 1), min_size=2, max_size=2),
 )
-def test_the_order_is_a_permutation_with_falling_utility(pairs, knob):
-    quality, cost = zip(*pairs, strict=True)
-    policy = UtilityPolicy(knob)
-    order, utilities = policy.choose(quality, cost), policy.utilities(quality, cost)
-    assert sorted(order) == list(range(len(pairs)))
-    assert [utilities[j] for j in order] == sorted(utilities, reverse=True)
+def test_a_higher_knob_never_takes_a_cheaper_expert(policy, qualities, costs, knobs):
+    names = ["small", "large"] if isinstance(policy, ThresholdPolicy) else NAMES
+    quality = np.array([qualities[: len(names)]])
+    cost = np.array([sorted(costs)[: len(names)]])
+    low, high = sorted(knobs)
+    cheaper, dearer = (
+        policy.choices(names, quality, cost, cost_quality=knob)[0] for knob in (low, high)
+    )
+    assert cost[0, cheaper] <= cost[0, dearer] + 1e-9
 
 
-@pytest.mark.parametrize("knob", [0.0, 0.3, 0.5, 0.95, 1.0])
-def test_many_requests_at_once_are_decided_like_one_by_one(knob):
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.type)
+@pytest.mark.parametrize("knob", [0.0, 0.3, 0.95, 1.0])
+def test_many_requests_at_once_are_decided_like_one_by_one(policy, knob):
     rng = np.random.default_rng(0)
     # Few different values, so that there are ties.
-    quality = (rng.integers(0, 4, (300, 5)) / 3).astype(np.float32)
-    costs = rng.integers(0, 3, (300, 5)) / 2
-    policy = UtilityPolicy(knob)
-    wanted = [policy.choose(q.tolist(), c.tolist())[0] for q, c in zip(quality, costs, strict=True)]
-    assert policy.choose_all(quality, costs).tolist() == wanted
+    quality = (rng.integers(0, 4, (300, 3)) / 3).astype(np.float32)
+    costs = rng.integers(0, 3, (300, 3)) / 2
+    together = policy.choices(NAMES, quality, costs, cost_quality=knob)
+    for row, choice in enumerate(together):
+        q, c = quality[row : row + 1], costs[row : row + 1]
+        assert policy.choices(NAMES, q, c, cost_quality=knob)[0] == choice
+        utilities = policy.utilities(NAMES, q, c, cost_quality=knob)[0]
+        assert order_by_utility(utilities.tolist(), c[0].tolist())[0] == choice

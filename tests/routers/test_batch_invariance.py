@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from orchestrator.policies import UtilityPolicy
@@ -25,8 +26,9 @@ def _prompts(n=200):
 
 
 def _decisions(prediction):
-    policy = UtilityPolicy(0.7)
-    return [policy.choose(row.tolist(), [0.2, 1.0, 0.5]) for row in prediction.quality]
+    costs = np.tile([0.2, 1.0, 0.5], (len(prediction.quality), 1))
+    policy = UtilityPolicy(cost_quality=0.7)
+    return policy.choices(MODELS, prediction.quality, costs).tolist()
 
 
 def test_alone_or_in_any_batch_decisions_are_equal(router):
