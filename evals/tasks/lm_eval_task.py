@@ -217,7 +217,8 @@ def load_tasks(spec: str) -> list[LmEvalTask]:
     """Load ``NAME`` or ``PATH.yaml``, optionally with ``#METRIC`` or ``#METRIC,FILTER``.
 
     A name is one of lm-eval's own; a path is a task file of yours, whose ``!function`` entries
-    run the Python files beside it. A group or tag gives all its tasks.
+    run the Python files beside it. A group gives all its tasks; those of a group file are in
+    other files of its folder.
 
     Raises:
         TaskError: If lm-eval is not installed, does not know the task, finds no data for it, or
@@ -249,8 +250,9 @@ def _load_path(path: Path) -> list[Any]:
     except Exception as error:
         raise TaskError(f"{path} is no lm-eval task file: {error}") from error
     if "group" in settings:
-        # A group's members are named: in files of the same folder, or lm-eval's own.
-        return _build(TaskManager(include_path=path.parent), settings["group"])
+        manager = TaskManager(include_path=path.parent, include_defaults=False)
+        _check_members(manager, settings["group"])
+        return _build(manager, settings["group"])
     _check_settings(settings.get("task", str(path)), settings)
     return _build(TaskManager(include_defaults=False), str(path))
 
@@ -300,8 +302,9 @@ def _check_members(manager: Any, name: str) -> None:
         _check_settings(name, settings)
         return
     for member in members:
-        if member in manager.task_index:
-            _check_members(manager, member)
+        if member not in manager.task_index:
+            raise TaskError(f"lm-eval group {name!r} has {member!r}, which is no task it knows")
+        _check_members(manager, member)
 
 
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
