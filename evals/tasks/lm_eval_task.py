@@ -181,7 +181,7 @@ class LmEvalTask:
         try:
             # lm-eval leaves a document out of its own examples only in the test split.
             config.test_split = source
-            for doc in docs:
+            for doc in tqdm(docs, desc=f"prompts of {self.name}", unit="prompt", delay=2):
                 prefix = task.doc_to_prefix(doc)
                 yield doc, task.fewshot_context(doc, config.num_fewshot or 0, gen_prefix=prefix)
         finally:
