@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from evals.collect_options import CollectOptions
-from evals.tasks import SPLITS, TABLE_SPLITS, Split, Task, get_task, task_names
+from evals.tasks import (
+    SPLITS,
+    TABLE_SPLITS,
+    Split,
+    Task,
+    TaskError,
+    get_task,
+    get_tasks,
+    task_names,
+)
 
 if TYPE_CHECKING:
     from orchestrator.config import CollegiumConfig
@@ -18,11 +28,16 @@ if TYPE_CHECKING:
 __all__ = ["collect_command", "tasks_command"]
 
 
-def _get_task(name: str) -> Task:
+def _get_tasks(names: Iterable[str]) -> list[Task]:
     try:
-        return get_task(name)
-    except ValueError as error:
+        tasks = [task for name in dict.fromkeys(names) for task in get_tasks(name)]
+    except TaskError as error:
         raise click.UsageError(str(error)) from error
+    counts = Counter(task.name for task in tasks)
+    for name, count in counts.items():
+        if count > 1:
+            raise click.UsageError(f"{count} tasks are called {name!r}; collect them separately")
+    return tasks
 
 
 @click.group("tasks", short_help="List and export evaluation tasks.")
@@ -52,7 +67,10 @@ def list_command(as_json: bool) -> None:
 )
 def export_command(name: str, split: str) -> None:
     """Print the samples of a task's split as JSON lines, ready for `collegium train adapter`."""
-    samples = _get_task(name).samples(cast(Split, split))
+    try:
+        samples = get_task(name).samples(cast(Split, split))
+    except TaskError as error:
+        raise click.UsageError(str(error)) from error
     if not samples:
         raise click.UsageError(f"task {name!r} has no {split} samples")
     for sample in samples:
@@ -74,7 +92,8 @@ def export_command(name: str, split: str) -> None:
     multiple=True,
     required=True,
     metavar="NAME ...",
-    help='Tasks to run: names from `collegium tasks list`, or "module:Class".',
+    help='Tasks to run: names from `collegium tasks list`, "module:Class", or lm-eval\'s: '
+    "lm-eval:NAME or lm-eval:PATH.yaml, each with #METRIC if it has several.",
 )
 @click.argument("more_tasks", nargs=-1, metavar="")
 @click.option(
@@ -132,7 +151,7 @@ def collect_command(
     from experts.errors import ExpertError
     from orchestrator.config import load_config
 
-    tasks = [_get_task(name) for name in dict.fromkeys((*first_tasks, *more_tasks))]
+    tasks = _get_tasks((*first_tasks, *more_tasks))
     options = CollectOptions(
         concurrency=concurrency,
         splits=cast(Sequence[Split], splits or TABLE_SPLITS),
@@ -147,7 +166,7 @@ def collect_command(
         raise click.UsageError(f"unknown expert {unknown[0]!r}; known: {known}")
     try:
         missing = asyncio.run(_collect(config, names, tasks, out, options))
-    except (CollectError, ExpertError) as error:
+    except (CollectError, ExpertError, TaskError) as error:
         raise click.ClickException(str(error)) from error
     for name, count in missing.items():
         click.echo(f"{name}: {count} answers are missing; run again to ask for them", err=True)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from evals.tasks.base import SPLITS, TABLE_SPLITS, Sample, Split, Task
-from evals.tasks.registry import get_task, task_names
+from evals.tasks.base import SPLITS, TABLE_SPLITS, Sample, Split, Task, TaskError
+from evals.tasks.registry import get_task, get_tasks, task_names
 
-__all__ = ["SPLITS", "TABLE_SPLITS", "Sample", "Split", "Task", "get_task", "task_names"]
+__all__ = [
+    "SPLITS",
+    "TABLE_SPLITS",
+    "Sample",
+    "Split",
+    "Task",
+    "TaskError",
+    "get_task",
+    "get_tasks",
+    "task_names",
+]

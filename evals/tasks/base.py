@@ -23,6 +23,10 @@ TABLE_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 GENERATION_ORDER: tuple[Split, ...] = ("test", "validation", "train", "adapter")
 
 
+class TaskError(ValueError):
+    """A task that cannot be loaded, or cannot grade; one line that says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One question with its expected answer.

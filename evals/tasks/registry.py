@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
-from evals.tasks.base import Task
+from evals.tasks.base import Task, TaskError
 
 _TASKS = {
     "docstrings": "evals.tasks.docstrings:DocstringsTask",
@@ -13,6 +14,7 @@ _TASKS = {
     "intents": "evals.tasks.intents:IntentsTask",
     "maths": "evals.tasks.maths:MathsTask",
 }
+_LM_EVAL = "lm-eval:"
 
 
 def task_names() -> list[str]:
@@ -21,20 +23,42 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str) -> Task:
-    """Return a task by its name, or your own by ``"package.module:Class"``.
+    """Return the one task of a name; see `get_tasks`.
 
     Raises:
-        ValueError: If the name is not known, or names no task.
+        TaskError: If the name is not known, or names no task, or several.
     """
+    task, *others = get_tasks(name)
+    if others:
+        names = ", ".join(repr(other.name) for other in (task, *others))
+        raise TaskError(f"{name!r} is a group of tasks, name one of them: {names}")
+    return task
+
+
+def get_tasks(name: str) -> Sequence[Task]:
+    """Return a built-in task, your own by ``"package.module:Class"``, or one or more of lm-eval's.
+
+    lm-eval's tasks are ``"lm-eval:NAME"`` and ``"lm-eval:PATH.yaml"``; a group gives all of its.
+
+    Raises:
+        TaskError: If the name is not known, or names no task.
+    """
+    if name.startswith(_LM_EVAL):
+        from evals.tasks.lm_eval_task import load_tasks
+
+        return load_tasks(name.removeprefix(_LM_EVAL))
     target = _TASKS.get(name, name)
     module_name, separator, class_name = target.partition(":")
     if not separator:
         known = ", ".join(map(repr, task_names()))
-        raise ValueError(f'unknown task {name!r}; known: {known} (or give "module:Class")')
+        raise TaskError(
+            f'unknown task {name!r}; known: {known} (or give "module:Class", "lm-eval:NAME" or '
+            '"lm-eval:PATH.yaml")'
+        )
     try:
         task = getattr(import_module(module_name), class_name)()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load task {name!r}: {error}") from error
+        raise TaskError(f"cannot load task {name!r}: {error}") from error
     if not isinstance(task, Task):
-        raise ValueError(f"{name!r} is not a task: it lacks name, max_tokens, samples or grade")
-    return task
+        raise TaskError(f"{name!r} is not a task: it lacks name, max_tokens, samples or grade")
+    return [task]
