@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from routers.base import Query, RouterError
 from routers.combined import CombinedRouter, make_member, table_of
 from routers.fitted import FittedRouter, TrainingRows
+from routers.folds import stratified_folds
 from routers.params import check_number
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class BlendRouter(CombinedRouter):
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
 
-        fold_of = _folds(len(rows), self.folds, self.random_state)
+        fold_of = stratified_folds(np.zeros(len(rows), np.intp), self.folds, self.random_state)
         names, held_out, skipped = [], [], {}
         for text in self.members:
             try:
@@ -115,15 +116,6 @@ class BlendRouter(CombinedRouter):
             "weights": {names[number]: round(float(weights[number]), 6) for number in used},
             "skipped": skipped,
         }
-
-
-def _folds(n_rows: int, folds: int, random_state: int) -> NDArray[np.intp]:
-    import numpy as np
-
-    order = np.random.default_rng(random_state).permutation(n_rows)
-    fold_of = np.empty(n_rows, np.intp)
-    fold_of[order] = np.arange(n_rows) % folds
-    return fold_of
 
 
 def _held_out(text: str, rows: TrainingRows, fold_of: NDArray[np.intp]) -> NDArray[np.float64]:

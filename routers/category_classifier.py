@@ -1,6 +1,6 @@
-"""Vectors to calibrated category probabilities: multinomial logistic regression.
+"""Texts to calibrated category probabilities: logistic regression on vectors, and n-grams.
 
-scikit-learn fits it, numpy alone serves it. Knows nothing of models, scores or texts.
+scikit-learn fits it. Knows nothing of models and scores.
 """
 
 from __future__ import annotations
@@ -10,72 +10,205 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from routers.base import RouterError
+from routers.folds import stratified_folds
+from routers.ngrams import NgramClassifier
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CategoryClassifier", "expected_calibration_error", "fit_classifier", "out_of_fold"]
+__all__ = [
+    "CategoryClassifier",
+    "Evidence",
+    "expected_calibration_error",
+    "fit_classifier",
+    "out_of_fold",
+]
 
 # What a class gets that was absent from the training rows: as good as impossible, but finite.
 ABSENT_LOGIT = -30.0
+QUANTILES = 101
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a classifier sees in texts, before calibration.
+
+    Attributes:
+        logits: Of the vectors, shape (..., n_categories).
+        similarity: Cosine similarity to the nearest centroid, shape (...).
+        ngrams: Scores of the n-grams, shape (..., n_categories); none without such a classifier.
+    """
+
+    logits: NDArray[np.float64]
+    similarity: NDArray[np.float64]
+    ngrams: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, each: Sequence[Evidence]) -> Evidence:
+        """Of single texts, stacked."""
+        import numpy as np
+
+        ngrams = [one.ngrams for one in each if one.ngrams is not None]
+        return cls(
+            np.array([one.logits for one in each]),
+            np.array([one.similarity for one in each]),
+            np.array(ngrams) if ngrams else None,
+        )
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Evidence:
+        """Of some rows."""
+        ngrams = None if self.ngrams is None else self.ngrams[rows]
+        return Evidence(self.logits[rows], self.similarity[rows], ngrams)
+
+    def cues(self) -> NDArray[np.float64]:
+        """How familiar texts look, shape (..., n_cues): each cue is high for familiar ones."""
+        import numpy as np
+
+        found = [self.logits.max(axis=-1), self.similarity]
+        if self.ngrams is not None:
+            found.append(self.ngrams.max(axis=-1))
+        return np.stack(found, axis=-1)
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryClassifier:
-    """A linear classifier with a temperature, and one centroid per category.
+    """A linear classifier of vectors and one of n-grams, weighed against each other.
 
     Attributes:
         categories: Their names.
         weights: Shape (n_categories, width).
         biases: Shape (n_categories,).
         centroids: Mean vectors scaled to length 1, shape (n_categories, width).
+        ngrams: The other classifier, if there is one.
         temperature: Logits are divided by it; above 1 the raw probabilities were too sure.
+        ngram_weight: Scores of n-grams are multiplied by it and added.
+        least_likely: Probability from which a category belongs to the likely ones.
+        cue_means, cue_scales: Of the cues of familiarity on held-out rows.
+        strangeness: Quantiles of held-out rows' strangeness, the sum of standardised cues.
     """
 
     categories: list[str]
     weights: NDArray[np.float64]
     biases: NDArray[np.float64]
     centroids: NDArray[np.float64]
+    ngrams: NgramClassifier | None = None
     temperature: float = 1.0
+    ngram_weight: float = 0.0
+    least_likely: float = 0.0
+    cue_means: NDArray[np.float64] | None = None
+    cue_scales: NDArray[np.float64] | None = None
+    strangeness: NDArray[np.float64] | None = None
 
-    def logits(self, vector: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Before temperature, shape (n_categories,)."""
+    def evidence(self, vector: NDArray[np.float32], text: str) -> Evidence:
+        """What is seen in one text."""
+        import numpy as np
+
         # Products summed per row, not a matrix product: BLAS picks its kernel, hence the order of
         # additions, by the shape of the batch.
-        products: NDArray[np.float64] = (self.weights * vector).sum(axis=1)
-        return products + self.biases
+        logits = (self.weights * vector).sum(axis=1) + self.biases
+        similarity = np.asarray((self.centroids * vector).sum(axis=1).max())
+        return Evidence(logits, similarity, self.ngrams.scores(text) if self.ngrams else None)
 
-    def probabilities(self, vector: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Calibrated, shape (n_categories,), sum 1."""
-        return softmax(self.logits(vector) / self.temperature)
+    def probabilities(self, seen: Evidence) -> NDArray[np.float64]:
+        """Calibrated, shape (..., n_categories), sum 1."""
+        return softmax(self._combined(seen))
 
-    def distance(self, vector: NDArray[np.float32]) -> float:
-        """Cosine distance to the nearest centroid, in [0, 2]."""
-        return 1.0 - float((self.centroids * vector).sum(axis=1).max())
+    def _combined(self, seen: Evidence) -> NDArray[np.float64]:
+        combined = seen.logits / self.temperature
+        if seen.ngrams is not None:
+            combined = combined + self.ngram_weight * seen.ngrams
+        return combined
+
+    def likely(self, posterior: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The fewest categories that hold the true one with the stated coverage, same shape."""
+        best = posterior == posterior.max(axis=-1, keepdims=True)
+        chosen: NDArray[np.bool_] = (posterior >= self.least_likely) | best
+        return chosen
+
+    def familiarity(self, seen: Evidence) -> NDArray[np.float64]:
+        """Share of held-out rows that look at least as strange, shape (...).
+
+        Uniform for texts like the held-out ones, near 0 for others.
+
+        References:
+            Bates et al., "Testing for Outliers with Conformal p-values" (arXiv:2104.08279).
+        """
+        import numpy as np
+
+        assert self.strangeness is not None, "not calibrated"
+        shares = np.linspace(1, 0, len(self.strangeness))
+        return np.asarray(np.interp(self._strange(seen), self.strangeness, shares))
+
+    def _strange(self, seen: Evidence) -> NDArray[np.float64]:
+        assert self.cue_means is not None, "not calibrated"
+        assert self.cue_scales is not None, "not calibrated"
+        strange: NDArray[np.float64] = ((self.cue_means - seen.cues()) / self.cue_scales).sum(-1)
+        return strange
 
     def calibrated(
-        self, logits: NDArray[np.float64], labels: NDArray[np.intp]
+        self, seen: Evidence, labels: NDArray[np.intp], *, coverage: float
     ) -> CategoryClassifier:
-        """The same classifier with the temperature of least log-loss on held-out rows.
+        """The same classifier, calibrated on held-out rows.
+
+        Temperature and weight are those of least log-loss.
 
         Args:
-            logits: Raw logits of held-out rows, shape (n_rows, n_categories).
-            labels: Their true categories, as positions.
+            seen: Evidence of held-out rows, shape (n_rows, n_categories).
+            labels: Their true categories as positions, -1 for one it does not know.
+            coverage: How often the likely categories shall hold the true one.
 
         References:
             Guo et al., "On Calibration of Modern Neural Networks" (arXiv:1706.04599), section 4.2.
-            Departs from it in searching a grid, which gives the same number everywhere, and in
-            Platt's smoothed targets ("Probabilistic Outputs for Support Vector Machines", 1999):
-            without them, held-out rows without any error would make every probability 1.
+            Departs from it in Platt's smoothed targets ("Probabilistic Outputs for Support Vector
+            Machines", 1999): without them, held-out rows without any error would make every
+            probability 1. Two classifiers are pooled by adding log-probabilities (Genest and Zidek,
+            "Combining Probability Distributions", 1986). The likely categories are a conformal set
+            as in Sadinle et al., "Least Ambiguous Set-Valued Classifiers with Bounded Error Levels"
+            (arXiv:1609.00451).
         """
+        import numpy as np
+
+        known = labels >= 0
+        fitted = self._tempered(seen.take(known), labels[known])
+        cues = seen.cues()
+        fitted = replace(
+            fitted, cue_means=cues.mean(axis=0), cue_scales=np.maximum(cues.std(axis=0), 1e-12)
+        )
+        strangeness = np.asarray(
+            np.quantile(fitted._strange(seen), np.linspace(0, 1, QUANTILES)), np.float64
+        )
+        true = fitted.probabilities(seen.take(known))[np.arange(known.sum()), labels[known]]
+        # One more than there are: the next text is as likely to fall into any of the gaps.
+        below = int(np.floor((len(true) + 1) * (1 - coverage)))
+        limit = float(np.sort(true)[below - 1]) if below else 0.0
+        return replace(fitted, strangeness=strangeness, least_likely=limit)
+
+    def _tempered(self, seen: Evidence, labels: NDArray[np.intp]) -> CategoryClassifier:
         import numpy as np
 
         if not len(labels) or len(self.categories) < 2:
             return self
         grid = np.geomspace(0.01, 20.0, 321)
-        losses = [log_loss(logits / t, labels) for t in grid]
-        return replace(self, temperature=float(grid[int(np.argmin(losses))]))
+        losses = [log_loss(seen.logits / t, labels) for t in grid]
+        best = replace(self, temperature=float(grid[int(np.argmin(losses))]))
+        if seen.ngrams is None:
+            return best
+        from scipy.optimize import minimize
+
+        def loss(logs: NDArray[np.float64]) -> float:
+            tried = replace(self, temperature=np.exp(logs[0]), ngram_weight=np.exp(logs[1]))
+            return log_loss(tried._combined(seen), labels)
+
+        found = minimize(
+            loss,
+            [np.log(best.temperature), 0.0],
+            method="Nelder-Mead",
+            bounds=[(np.log(0.01), np.log(20.0)), (np.log(1e-3), np.log(100.0))],
+            options={"maxiter": 100},
+        )
+        temperature, weight = np.exp(found.x)
+        return replace(self, temperature=float(temperature), ngram_weight=float(weight))
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -104,7 +237,7 @@ def fit_classifier(
     *,
     C: float,
 ) -> CategoryClassifier:
-    """Fit on unit vectors.
+    """Fit on unit vectors, without n-grams and uncalibrated.
 
     Args:
         vectors: Shape (n_rows, width).
@@ -152,40 +285,22 @@ def out_of_fold(
     C: float,
     folds: int,
     random_state: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Logits and distances of each row from classifiers that have not seen it.
-
-    Returns:
-        Shapes (n_rows, n_categories) and (n_rows,).
-    """
+) -> Evidence:
+    """What classifiers of vectors see in rows that they have not learnt from."""
     import numpy as np
 
     logits = np.zeros((len(labels), len(categories)))
-    distances = np.zeros(len(labels))
-    fold_of = _stratified_folds(labels, folds, random_state)
+    similarity = np.zeros(len(labels))
+    fold_of = stratified_folds(labels, folds, random_state)
     for fold in np.unique(fold_of):
         inside = fold_of == fold
         if inside.all():
             inside = ~inside
         model = fit_classifier(vectors[~inside], labels[~inside], categories, C=C)
         for row in np.flatnonzero(inside):
-            logits[row] = model.logits(vectors[row])
-            distances[row] = model.distance(vectors[row])
-    return logits, distances
-
-
-def _stratified_folds(labels: NDArray[np.intp], folds: int, random_state: int) -> NDArray[np.intp]:
-    import numpy as np
-
-    rng = np.random.default_rng(random_state)
-    fold_of = np.zeros(len(labels), np.intp)
-    start = 0
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        # Going on where the last category stopped spreads small categories over the folds.
-        fold_of[rows] = (start + np.arange(len(rows))) % folds
-        start += len(rows)
-    return fold_of
+            seen = model.evidence(vectors[row], "")
+            logits[row], similarity[row] = seen.logits, seen.similarity
+    return Evidence(logits, similarity)
 
 
 def expected_calibration_error(

@@ -5,21 +5,23 @@ Knows nothing of costs; policies weigh those against the quality predicted here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.assignment import assign
-from routers.base import Explanation, RouterError
+from routers.base import Explanation, Query, RouterError
 from routers.category_classifier import (
     CategoryClassifier,
+    Evidence,
     expected_calibration_error,
     fit_classifier,
     out_of_fold,
-    softmax,
 )
 from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
+from routers.ngrams import N_GRAMS, NgramClassifier, fit_ngrams
 from routers.params import check_bool, check_number, check_text
 from routers.training import read_labelled_texts, read_texts, shrunken_means, texts_facts
 
@@ -32,20 +34,30 @@ __all__ = ["CoERouter"]
 FOLDS = 5
 # More rows would only make cross-validation slower: a temperature and a threshold need no more.
 CALIBRATION_ROWS = 20_000
+# The kernel of n-grams has one row and one column for each of them.
+NGRAM_ROWS = 6_000
 # Coarse, so that the threshold does not follow single validation prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
-
-
 # Small enough to say nothing else, large enough to survive single precision.
 BELOW_PICK = 1e-4
+
+# Fields of the classifier that are stored under their own names.
+CLASSIFIER_ARRAYS = {
+    "weights": ("categories", "width"),
+    "biases": ("categories",),
+    "centroids": ("categories", "width"),
+    "cue_means": ("cues",),
+    "cue_scales": ("cues",),
+    "strangeness": ("quantiles",),
+}
+CLASSIFIER_NUMBERS = ("temperature", "ngram_weight", "least_likely")
 
 
 @dataclass(frozen=True, slots=True)
 class _HeldOut:
     """Rows that the classifier has not learnt from. Label -1 is a category it does not know."""
 
-    logits: NDArray[np.float64]
-    distances: NDArray[np.float64]
+    seen: Evidence
     labels: NDArray[np.intp]
     scores: NDArray[np.float64]
 
@@ -54,30 +66,38 @@ class CoERouter(VectorRouter):
     """Two-step router: a category classifier, then a measured category-to-expert table.
 
     Predicting each prompt's best expert directly learns little, because those labels jump about;
-    prompts do cluster by category. So a logistic regression on sentence vectors names the
-    category, and the predicted quality is the category's row of mean training scores.
+    prompts do cluster by category. So a logistic regression on sentence vectors and a ridge
+    regression on character n-grams name the category together, and the predicted quality is the
+    mean of the categories' rows of mean training scores, weighed by their probabilities.
 
-    Robust fallback: where the calibrated probability is below a threshold, or the query is farther
-    from every category's centroid than nearly all held-out prompts, the row of the category
-    ``general`` is used, or that of all prompts if there is no such category. The threshold is the
-    one whose decisions score best on held-out prompts; of equally good ones the median, as far
-    from trusting everything as from trusting nothing.
+    Robust fallback: where the calibrated probability is below a threshold, or the query looks
+    stranger than nearly all held-out prompts, the row of the category ``general`` is used, or that
+    of all prompts if there is no such category. The threshold is the one whose decisions score best
+    on held-out prompts, if they do so by more than a standard error; of equally good ones the
+    median, as far from trusting everything as from trusting nothing.
+
+    An explanation's ``detail`` holds the probability of each category; ``likely``, the fewest
+    categories that hold the true one with the stated coverage; and ``familiarity``, the share of
+    held-out prompts that look at least as strange: near 0, the query is like nothing seen.
 
     Budgets of parameters make the table a plan: an integer programme picks each category's expert
     (``routers.assignment``), and quality predicted for the others is cut to just below the pick's.
 
     Trains in seconds besides encoding (1 ms a short prompt, 10 ms one of 256 tokens). A prediction
-    costs one encoding and about 0.05 ms. Models without a training score cannot be predicted for.
+    costs one encoding and 0.2 ms, 1 ms for long texts. Models without a training score cannot be
+    predicted for.
 
     Args:
         encoder: An encoder's name (see ``routers.encoders.get_encoder``) or an encoder.
         C: Inverse strength of the classifier's L2 penalty.
         shrinkage: Number of prompts with the model's mean score that each category mean is mixed
             with; keeps small categories from being led by luck.
-        soft: Mix the rows of all categories by their probabilities instead of taking one.
+        soft: Whether to mix the rows of all categories by their probabilities or to take one; none
+            mixes unless there is a budget.
+        ngrams: Whether n-grams help to name the category.
         fallback: Whether unsure or far queries get the general row.
-        distance_quantile: Share of held-out prompts that count as near enough; 1 turns the
-            distance rule off.
+        familiar_share: Share of held-out prompts that count as familiar; 1 turns that rule off.
+        coverage: How often the ``likely`` categories shall hold the true one.
         categories: Where categories come from: ``table`` (the column ``category``), ``clusters``
             (groups of similar training prompts), or the path of a CSV file with the columns
             ``text`` and ``category``, whose examples then name the prompts' categories.
@@ -95,24 +115,25 @@ class CoERouter(VectorRouter):
         quality_: Mean scores, shape (n_categories, n_models).
         mean_: Mean scores of all prompts, shape (n_models,).
         threshold_: Least probability to trust a category.
-        distance_limit_: Greatest distance to trust a category.
 
     References:
         Jain et al., "Composition of Experts: A Modular Compound AI System Leveraging Large
         Language Models" (arXiv:2412.01868): two-step routing, and the robust variant's general
-        category. Departs from it in the classifier (logistic regression on MiniLM), and in how
-        uncertainty is measured; the paper's statistic is not public.
+        category. Departs from it in the classifier, in mixing rows, and in how uncertainty is
+        measured; the paper's statistic is not public.
     """
 
     method = "coe"
+    cue_means_: NDArray[np.float64]
     arrays: ClassVar = {
-        "weights": ("categories", "width"),
-        "biases": ("categories",),
-        "centroids": ("categories", "width"),
+        **CLASSIFIER_ARRAYS,
         "quality": ("categories", "models"),
         "mean": ("models",),
+        "ngram_idf": ("ngrams",),
+        "ngram_weights": ("ngrams", "categories"),
+        "ngram_shares": ("categories",),
     }
-    numbers = ("temperature", "threshold", "distance_limit")
+    numbers = (*CLASSIFIER_NUMBERS, "threshold")
 
     def __init__(
         self,
@@ -120,9 +141,11 @@ class CoERouter(VectorRouter):
         encoder: str | Encoder = DEFAULT_ENCODER,
         C: float = 10.0,
         shrinkage: float = 10.0,
-        soft: bool = False,
+        soft: bool | None = None,
+        ngrams: bool = True,
         fallback: bool = True,
-        distance_quantile: float = 0.99,
+        familiar_share: float = 0.99,
+        coverage: float = 0.9,
         categories: str = "table",
         n_clusters: int = 16,
         general_category: str = "general",
@@ -135,8 +158,10 @@ class CoERouter(VectorRouter):
         self.C = C
         self.shrinkage = shrinkage
         self.soft = soft
+        self.ngrams = ngrams
         self.fallback = fallback
-        self.distance_quantile = distance_quantile
+        self.familiar_share = familiar_share
+        self.coverage = coverage
         self.categories = categories
         self.n_clusters = n_clusters
         self.general_category = general_category
@@ -149,9 +174,12 @@ class CoERouter(VectorRouter):
         super()._check_params()
         check_number(self, "C", self.C, 0, low_open=True)
         check_number(self, "shrinkage", self.shrinkage, 0)
-        check_number(self, "distance_quantile", self.distance_quantile, 0, 1, low_open=True)
+        check_number(self, "familiar_share", self.familiar_share, 0, 1, low_open=True)
+        check_number(self, "coverage", self.coverage, 0, 1, low_open=True)
         check_number(self, "random_state", self.random_state, 0)
-        check_bool(self, "soft", self.soft)
+        if self.soft is not None:
+            check_bool(self, "soft", self.soft)
+        check_bool(self, "ngrams", self.ngrams)
         check_bool(self, "fallback", self.fallback)
         check_text(self, "categories", self.categories)
         check_number(self, "n_clusters", self.n_clusters, 1)
@@ -163,6 +191,13 @@ class CoERouter(VectorRouter):
                 check_number(self, name, getattr(self, name), 0, low_open=True)
         if self.soft and self._has_budget():
             raise RouterError("budgets need one category per query: leave out soft=true")
+
+    def _inputs(self, queries: Sequence[Query]) -> Sequence[Any]:
+        return list(zip(super()._inputs(queries), (q.text for q in queries), strict=True))
+
+    @property
+    def _mixes(self) -> bool:
+        return not self._has_budget() if self.soft is None else self.soft
 
     def _learn(self, rows: TrainingRows) -> None:
         """Learn from one split; calibrate on the split ``validation``, else by cross-validation."""
@@ -176,25 +211,17 @@ class CoERouter(VectorRouter):
         names = [*named, *extra_names]
         categories = sorted(set(names))
         labels = np.array([categories.index(name) for name in names], np.intp)
-        vectors = rows.vectors
+        vectors, texts = rows.vectors, [*rows.texts, *extra]
         if extra:
             vectors = np.concatenate([vectors, self._encode_all(extra)])
-        classifier = fit_classifier(vectors, labels, categories, C=self.C)
         table = shrunken_means(rows.scores, labels, len(categories), float(self.shrinkage))
         if self._has_budget():
             table = self._planned(table, labels[: len(rows)], rows)
         self.quality_, self.mean_ = table[:-1], table[-1]
         self.categories_ = categories
-        held_out = self._held_out(rows, classifier, vectors, labels)
-        known = held_out.labels >= 0
-        self.classifier_ = classifier.calibrated(held_out.logits[known], held_out.labels[known])
-        self.weights_, self.biases_ = classifier.weights, classifier.biases
-        self.centroids_, self.temperature_ = classifier.centroids, self.classifier_.temperature
-        self.distance_limit_ = (
-            float(np.quantile(held_out.distances, self.distance_quantile))
-            if self.distance_quantile < 1
-            else 2.0
-        )
+        classifier, held_out = self._classifier(rows, texts, vectors, labels, categories)
+        self._keep(classifier.calibrated(held_out.seen, held_out.labels, coverage=self.coverage))
+        self._ready()
         self.threshold_, self.metrics_ = self._choose_threshold(held_out)
         self.metrics_ |= texts_facts(extra)
 
@@ -220,13 +247,92 @@ class CoERouter(VectorRouter):
             known,
             C=self.C,
         )
-        found = [known[int(classifier.logits(vector).argmax())] for vector in rows.vectors]
+        found = [
+            known[int(classifier.evidence(vector, "").logits.argmax())] for vector in rows.vectors
+        ]
         return found, texts, names
 
-    def _ready(self) -> None:
-        self.classifier_ = CategoryClassifier(
-            self.categories_ or [], self.weights_, self.biases_, self.centroids_, self.temperature_
+    def _classifier(
+        self,
+        rows: TrainingRows,
+        texts: Sequence[str],
+        vectors: NDArray[np.float32],
+        labels: NDArray[np.intp],
+        categories: Sequence[str],
+    ) -> tuple[CategoryClassifier, _HeldOut]:
+        """An uncalibrated classifier, and what it or its like see in rows they have not learnt."""
+        import numpy as np
+
+        rng = np.random.default_rng(self.random_state)
+        classifier = fit_classifier(vectors, labels, categories, C=self.C)
+        learnt, left_out = np.arange(0), np.zeros((0, len(categories)))
+        if self.ngrams:
+            learnt = _sample(len(labels), NGRAM_ROWS, rng)
+            ngrams, left_out = fit_ngrams(
+                [texts[int(row)] for row in learnt], labels[learnt], len(categories)
+            )
+            classifier = replace(classifier, ngrams=ngrams)
+        inside = rows.validation if self.categories == "table" else None
+        if inside is not None:
+            position = {name: number for number, name in enumerate(categories)}
+            found = [position.get(name, -1) for name in inside.categories or ()]
+            seen = Evidence.of(
+                [
+                    classifier.evidence(vector, text)
+                    for vector, text in zip(inside.vectors, inside.texts, strict=True)
+                ]
+            )
+            return classifier, _HeldOut(seen, np.array(found, np.intp), inside.scores)
+        chosen = _sample(len(labels), CALIBRATION_ROWS, rng)
+        seen = out_of_fold(
+            vectors[chosen],
+            labels[chosen],
+            categories,
+            C=self.C,
+            folds=FOLDS,
+            random_state=self.random_state,
         )
+        # Texts without scores come last; they are learnt from, but nothing is decided on them.
+        scored = chosen < len(rows)
+        scores = None
+        if classifier.ngrams is not None:
+            place = {int(row): number for number, row in enumerate(learnt)}
+            scores = np.array(
+                [
+                    left_out[place[int(row)]]
+                    if int(row) in place
+                    else classifier.ngrams.scores(texts[int(row)])
+                    for row in chosen[scored]
+                ]
+            )
+        seen = replace(seen.take(scored), ngrams=scores)
+        return classifier, _HeldOut(seen, labels[chosen[scored]], rows.scores[chosen[scored]])
+
+    def _keep(self, classifier: CategoryClassifier) -> None:
+        """Take over a calibrated classifier as arrays and numbers."""
+        import numpy as np
+
+        for name in (*CLASSIFIER_ARRAYS, *CLASSIFIER_NUMBERS):
+            setattr(self, f"{name}_", getattr(classifier, name))
+        size = len(classifier.categories)
+        ngrams = classifier.ngrams or NgramClassifier(
+            np.zeros(0, np.float32), np.zeros((0, size), np.float32), np.zeros(size)
+        )
+        self.ngram_idf_, self.ngram_weights_ = ngrams.idf, ngrams.weights
+        self.ngram_shares_ = ngrams.shares
+
+    def _ready(self) -> None:
+        ngrams = None
+        sizes = (len(self.ngram_idf_), len(self.cue_means_))
+        if sizes != ((N_GRAMS, 3) if self.ngrams else (0, 2)):
+            raise RouterError(
+                f"artefact of 'coe': 'ngram_idf' and 'cue_means' have {sizes} values, which does "
+                f"not go with ngrams={self.ngrams}"
+            )
+        if self.ngrams:
+            ngrams = NgramClassifier(self.ngram_idf_, self.ngram_weights_, self.ngram_shares_)
+        parts = {n: getattr(self, f"{n}_") for n in (*CLASSIFIER_ARRAYS, *CLASSIFIER_NUMBERS)}
+        self.classifier_ = CategoryClassifier(self.categories_ or [], ngrams=ngrams, **parts)
 
     def _has_budget(self) -> bool:
         return self.max_total_params_b is not None or self.max_active_params_b is not None
@@ -253,77 +359,41 @@ class CoERouter(VectorRouter):
         planned[np.arange(len(table)), picks] = best
         return np.asarray(planned.clip(0.0))
 
-    def _held_out(
-        self,
-        rows: TrainingRows,
-        classifier: CategoryClassifier,
-        vectors: NDArray[np.float32],
-        labels: NDArray[np.intp],
-    ) -> _HeldOut:
-        import numpy as np
-
-        categories = classifier.categories
-        inside = rows.validation if self.categories == "table" else None
-        if inside is not None:
-            position = {name: number for number, name in enumerate(categories)}
-            found = [position.get(name, -1) for name in inside.categories or ()]
-            return _HeldOut(
-                np.array([classifier.logits(vector) for vector in inside.vectors]),
-                np.array([classifier.distance(vector) for vector in inside.vectors]),
-                np.array(found, np.intp),
-                inside.scores,
-            )
-        chosen = np.arange(len(labels))
-        if len(labels) > CALIBRATION_ROWS:
-            rng = np.random.default_rng(self.random_state)
-            chosen = np.sort(rng.choice(len(labels), CALIBRATION_ROWS, replace=False))
-        logits, distances = out_of_fold(
-            vectors[chosen],
-            labels[chosen],
-            categories,
-            C=self.C,
-            folds=FOLDS,
-            random_state=self.random_state,
-        )
-        # Texts without scores come last; they are learnt from, but nothing is decided on them.
-        scored = chosen < len(rows)
-        return _HeldOut(
-            logits[scored],
-            distances[scored],
-            labels[chosen[scored]],
-            rows.scores[chosen[scored]],
-        )
-
     def _choose_threshold(self, held_out: _HeldOut) -> tuple[float, dict[str, Any]]:
         """The threshold of the best decisions on held-out rows, and what was measured there."""
         import numpy as np
 
-        posterior = softmax(held_out.logits / self.classifier_.temperature)
+        posterior = self.classifier_.probabilities(held_out.seen)
         confidence, category = posterior.max(axis=1), posterior.argmax(axis=1)
-        far = held_out.distances > self.distance_limit_
+        far = self.classifier_.familiarity(held_out.seen) < 1 - self.familiar_share
         scores = held_out.scores
 
-        def decided(unsure: NDArray[np.bool_]) -> float:
+        def got(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
             rows = np.array([self._row(p, bool(u)) for p, u in zip(posterior, unsure, strict=True)])
-            got = scores[np.arange(len(rows)), rows.argmax(axis=1)]
-            return float(np.nanmean(got)) if not np.isnan(got).all() else 0.0
+            return np.asarray(scores[np.arange(len(rows)), rows.argmax(axis=1)])
 
-        sweep = {t: decided((confidence < t) | far) for t in THRESHOLDS} if self.fallback else {}
-        best = max(sweep.values(), default=0.0)
-        equal = [t for t, mean in sweep.items() if mean >= best - 1e-12]
+        sweep = {t: got((confidence < t) | far) for t in THRESHOLDS} if self.fallback else {}
+        means = {t: _mean(values) for t, values in sweep.items()}
+        best = max(means.values(), default=0.0)
+        equal = [t for t, mean in means.items() if mean >= best - 1e-12]
         threshold = equal[len(equal) // 2] if equal else 0.0
+        if threshold and not _clearly_above(sweep[threshold], sweep[0.0]):
+            threshold = 0.0
         known = held_out.labels >= 0
         correct = category[known] == held_out.labels[known]
+        likely = self.classifier_.likely(posterior[known])
+        covered = likely[np.arange(len(likely)), held_out.labels[known]]
+        unsure = ((confidence < threshold) | far) & self.fallback
         return threshold, {
             "held_out_rows": len(posterior),
-            "held_out_accuracy": float(correct.mean()) if len(correct) else None,
+            "held_out_accuracy": _mean(correct.astype(float)) if len(correct) else None,
             "held_out_ece": expected_calibration_error(confidence[known], correct),
-            "held_out_score": decided(((confidence < threshold) | far) & self.fallback),
-            "held_out_score_without_fallback": decided(np.zeros(len(far), bool)),
-            "held_out_fallback_share": float(
-                (((confidence < threshold) | far) & self.fallback).mean()
-            ),
-            "score_by_threshold": {str(t): round(mean, 6) for t, mean in sweep.items()},
+            "held_out_coverage": _mean(covered.astype(float)),
+            "held_out_likely_categories": _mean(likely.sum(axis=1).astype(float)),
+            "held_out_score": _mean(got(unsure)),
+            "held_out_score_without_fallback": _mean(got(np.zeros(len(far), bool))),
+            "held_out_fallback_share": float(unsure.mean()),
+            "score_by_threshold": {str(t): round(mean, 6) for t, mean in means.items()},
         }
 
     def _general_row(self) -> NDArray[np.float64]:
@@ -338,25 +408,63 @@ class CoERouter(VectorRouter):
         if unsure:
             return self._general_row()
         row: NDArray[np.float64]
-        if self.soft:
+        if self._mixes:
             row = (self.quality_ * posterior[:, None]).sum(axis=0)
         else:
             row = self.quality_[int(posterior.argmax())]
         return row
 
-    def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[np.floating], Explanation]:
-        posterior = self.classifier_.probabilities(given)
+    def _predict_one(self, given: Any) -> tuple[NDArray[np.floating], Explanation]:
+        vector, text = given
+        seen = self.classifier_.evidence(vector, text)
+        posterior = self.classifier_.probabilities(seen)
         best = int(posterior.argmax())
         confidence = float(posterior[best])
-        far = self.classifier_.distance(given) > self.distance_limit_
+        familiarity = float(self.classifier_.familiarity(seen))
+        far = familiarity < 1 - self.familiar_share
         unsure = self.fallback and (confidence < self.threshold_ or far)
         names = self.classifier_.categories
         return self._row(posterior, unsure), Explanation(
             category=names[best],
             confidence=confidence,
             fallback=unsure and names[best] != self.general_category,
-            detail=dict(zip(names, posterior.tolist(), strict=True)),
+            detail={
+                "probabilities": dict(zip(names, posterior.tolist(), strict=True)),
+                "likely": [
+                    name
+                    for name, chosen in zip(names, self.classifier_.likely(posterior), strict=True)
+                    if chosen
+                ],
+                "familiarity": familiarity,
+            },
         )
+
+
+def _sample(n_rows: int, at_most: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Positions of so many rows, in their order."""
+    import numpy as np
+
+    if n_rows <= at_most:
+        return np.arange(n_rows)
+    return np.sort(rng.choice(n_rows, at_most, replace=False))
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    import numpy as np
+
+    return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
+
+
+def _clearly_above(values: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    """Whether the mean difference is more than its standard error."""
+    import numpy as np
+
+    difference = values - others
+    difference = difference[~np.isnan(difference)]
+    if len(difference) < 2:
+        return False
+    error = float(difference.std(ddof=1)) / len(difference) ** 0.5
+    return bool(difference.mean() > error)
 
 
 def _sizes(rows: TrainingRows, name: str) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ import pytest
 from routers.base import Query, RouterError
 from routers.category_classifier import expected_calibration_error, fit_classifier
 from routers.coe import CoERouter
+from routers.ngrams import fit_ngrams
 from routers.outcomes import OutcomeTable, Prompts
 from routers.testing import MODELS, WORDS, example_table
 from routers.training import shrunken_means
@@ -31,9 +32,11 @@ def test_each_category_goes_to_its_expert():
 def test_explanation_names_category_and_probabilities():
     [explanation] = _fitted().predict([Query("court judge lawyer trial")], MODELS).explanations
     assert explanation.category == "law"
-    assert explanation.confidence == max(explanation.detail.values())
-    assert set(explanation.detail) == {"cooking", "general", "law"}
-    assert sum(explanation.detail.values()) == pytest.approx(1)
+    probabilities = explanation.detail["probabilities"]
+    assert explanation.confidence == max(probabilities.values())
+    assert set(probabilities) == {"cooking", "general", "law"}
+    assert sum(probabilities.values()) == pytest.approx(1)
+    assert explanation.detail["likely"] == ["law"]
     assert not explanation.fallback
 
 
@@ -46,7 +49,7 @@ def test_strange_query_gets_the_general_row():
 
 
 def test_without_general_category_strange_queries_get_the_overall_means():
-    router = _fitted(general_category="elsewhere", distance_quantile=0.5)
+    router = _fitted(general_category="elsewhere", familiar_share=0.5)
     quality = router.predict([Query("zqx wvk jjj ooo")], MODELS).quality[0]
     means = np.nanmean(example_table().scores("train"), axis=0)
     assert quality == pytest.approx(means)
@@ -60,7 +63,7 @@ def test_fallback_can_be_turned_off():
 def test_soft_mixing_is_the_posterior_mean_of_the_rows():
     router = _fitted(soft=True, fallback=False)
     prediction = router.predict([Query("bake a contract")], MODELS)
-    posterior = np.array(list(prediction.explanations[0].detail.values()))
+    posterior = np.array(list(prediction.explanations[0].detail["probabilities"].values()))
     assert prediction.quality[0] == pytest.approx(posterior @ router.quality_, rel=1e-6)
 
 
@@ -79,7 +82,7 @@ def test_general_texts_teach_the_classifier_what_is_general(tmp_path):
 def test_general_texts_make_a_category_where_the_table_has_none(tmp_path):
     file = tmp_path / "general.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"unicorn {i} rainbow"}) for i in range(20)))
-    router = _fitted(general_texts=str(file), general_category="other")
+    router = _fitted(general_texts=str(file), general_category="other", soft=False)
     quality = router.predict([Query("unicorn rainbow")], MODELS).quality[0]
     assert quality == pytest.approx(np.nanmean(example_table().scores("train"), axis=0))
 
@@ -128,15 +131,91 @@ def test_one_category_is_enough():
 def test_two_categories_keep_their_names():
     vectors = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]], np.float32)
     model = fit_classifier(vectors, np.array([0, 0, 1, 1]), ["a", "b"], C=10.0)
-    assert model.probabilities(np.array([1, 0], np.float32)).argmax() == 0
-    assert model.probabilities(np.array([0, 1], np.float32)).argmax() == 1
+    for column, vector in enumerate(np.eye(2, dtype=np.float32)):
+        assert model.probabilities(model.evidence(vector, "")).argmax() == column
+
+
+def _misled_table():
+    """A table whose category names say nothing where texts are hard to tell apart."""
+    table = example_table(per_split=200)
+    rng = np.random.default_rng(0)
+    words = " ".join(WORDS.values()).split()
+    texts, scores = list(table.prompts.texts), table.scores("all")
+    for row in rng.choice(len(texts), len(texts) // 4, replace=False):
+        texts[row] = " ".join(rng.choice(words, 6))
+        scores[row] = [0.0, 1.0, 0.0]
+    prompts = Prompts(table.prompts.ids, texts, table.prompts.categories, table.prompts.splits)
+    return OutcomeTable(prompts, models=MODELS, numbers={"score": scores})
 
 
 def test_threshold_is_the_median_of_the_best_on_validation():
-    router = _fitted()
+    router = CoERouter(encoder="hashing", soft=False).fit(_misled_table())
     sweep = {float(t): score for t, score in router.metrics_["score_by_threshold"].items()}
     equal = sorted(t for t, score in sweep.items() if score == max(sweep.values()))
-    assert router.threshold_ == equal[len(equal) // 2]
+    assert router.threshold_ == equal[len(equal) // 2] > 0
+    assert max(sweep.values()) > sweep[0.0]
+
+
+def test_without_a_clear_gain_no_category_is_mistrusted():
+    assert _fitted().threshold_ == 0.0
+
+
+def test_likely_categories_hold_the_true_one_as_often_as_stated():
+    table = _misled_table()
+    prompts = table.with_prompts_of("test")
+    sizes = []
+    for coverage in (0.8, 0.95):
+        router = CoERouter(encoder="hashing", coverage=coverage).fit(table)
+        explanations = router.predict([Query(t) for t in prompts.texts], MODELS).explanations
+        likely = [explanation.detail["likely"] for explanation in explanations]
+        held = [c in found for c, found in zip(prompts.categories or [], likely, strict=True)]
+        # Three standard errors of 200 prompts to judge on and 200 to calibrate with.
+        assert np.mean(held) > coverage - 3 * (2 * coverage * (1 - coverage) / 200) ** 0.5
+        sizes.append(np.mean([len(found) for found in likely]))
+    assert sizes[0] < sizes[1] < 3
+
+
+def test_familiarity_is_uniform_at_home_and_low_elsewhere():
+    router = CoERouter(encoder="hashing").fit(example_table(per_split=200))
+    texts = example_table(per_split=200).with_prompts_of("test").texts
+    at_home = [
+        e.detail["familiarity"]
+        for e in router.predict([Query(t) for t in texts], MODELS).explanations
+    ]
+    assert np.quantile(at_home, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.12)
+    [elsewhere] = router.predict([Query("zqx wvk jjj ooo")], MODELS).explanations
+    assert elsewhere.detail["familiarity"] < 0.01
+
+
+def test_n_grams_tell_apart_what_the_encoder_cannot():
+    texts = [f"{noun} {number}" for number in range(60) for noun in ("integral", "verdicts")]
+    splits = ["train", "validation", "test"] * 40
+    prompts = Prompts([str(n) for n in range(120)], texts, ["maths", "law"] * 60, splits)
+    scores = np.tile([[1.0, 0.0], [0.0, 1.0]], (60, 1))
+    table = OutcomeTable(prompts, models=["a", "b"], numbers={"score": scores})
+    judged = table.with_prompts_of("test").texts
+    right = table.scores("test").argmax(axis=1)
+    reached = {}
+    for ngrams in (True, False):
+        router = CoERouter(encoder="surface", ngrams=ngrams, fallback=False).fit(table)
+        quality = router.predict([Query(text) for text in judged], ["a", "b"]).quality
+        reached[ngrams] = (quality.argmax(axis=1) == right).mean()
+    assert reached[True] == 1.0
+    assert reached[False] < 0.75
+
+
+def test_left_out_scores_are_those_of_a_fit_without_the_text():
+    texts = [" ".join(words) for words in zip(*(w.split() for w in WORDS.values()), strict=False)]
+    texts += list(WORDS.values())
+    labels = np.arange(len(texts)) % 2
+    _, left_out = fit_ngrams(texts, labels, 2)
+    others = np.arange(len(texts)) != 0
+    whole, _ = fit_ngrams(texts, labels, 2)
+    part, _ = fit_ngrams([t for t, keep in zip(texts, others, strict=True) if keep],
+                         labels[others], 2)  # fmt: skip
+    # Document frequencies and shares of categories are those of all texts: nearly the same.
+    assert left_out[0] == pytest.approx(part.scores(texts[0]), abs=0.05)
+    assert whole.scores(texts[0])[labels[0]] > left_out[0, labels[0]]
 
 
 def test_threshold_does_not_look_at_test_scores():
@@ -151,7 +230,7 @@ def test_threshold_does_not_look_at_test_scores():
 
 def test_temperature_brings_confidence_near_accuracy():
     table = example_table(per_split=300)
-    router = CoERouter(encoder="hashing", C=0.1).fit(table)
+    router = CoERouter(encoder="hashing", C=0.1, ngrams=False).fit(table)
     assert router.classifier_.temperature < 0.5
     assert router.metrics_["held_out_ece"] < 0.05
 
@@ -187,7 +266,7 @@ def test_model_without_training_scores_is_left_out():
         ({"C": 0}, "The 'C' parameter of CoERouter must be a number in the range (0, inf)"),
         ({"C": "big"}, "Got 'big' instead."),
         ({"shrinkage": -1}, "in the range [0, inf)"),
-        ({"distance_quantile": 1.5}, "in the range (0, 1]. Got 1.5 instead."),
+        ({"familiar_share": 1.5}, "in the range (0, 1]. Got 1.5 instead."),
         ({"soft": 1}, "must be true or false. Got 1 instead."),
         ({"general_category": ""}, "must be a non-empty text"),
         ({"general_texts": 3}, "must be a non-empty text"),
@@ -248,7 +327,7 @@ def _without_categories():
 
 
 def test_categories_may_be_clusters():
-    router = CoERouter(encoder="hashing", categories="clusters", n_clusters=6, fallback=False)
+    router = CoERouter(encoder="hashing", categories="clusters", n_clusters=6, soft=False)
     router.fit(_without_categories())
     assert router.categories_ == [f"cluster {number}" for number in range(6)]
     assert _best(router, "tenant appeal court judge clause") == "lawyer"
