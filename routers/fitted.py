@@ -190,21 +190,6 @@ class FittedRouter:
                 f"artefact of {self.method!r}: {name!r} must lie from 0 to {size - 1}"
             )
 
-    def _scores_of_new(
-        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Checked scores of a model that joins a fitted router, shape (n_texts,)."""
-        import numpy as np
-
-        values = np.asarray(scores, np.float64)
-        if name in self.models:
-            raise RouterError(f"there is a model {name!r} already; give the new one another name")
-        if values.shape != (len(texts),) or not len(texts):
-            raise RouterError(f"one score per text is needed, not {values.size} for {len(texts)}")
-        if not ((values >= 0) & (values <= 1)).all():
-            raise RouterError("scores must lie in [0, 1]; leave out texts that were not run")
-        return values
-
     def _params(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
