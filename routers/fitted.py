@@ -14,7 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from routers.artefact import Artefact, EncoderId, Manifest, encoder_of, load_artefact, save_artefact
+from routers.artefact import (
+    Artefact,
+    EncoderId,
+    Manifest,
+    Update,
+    encoder_of,
+    load_artefact,
+    save_artefact,
+)
 from routers.base import Explanation, Prediction, Query, RouterError
 from routers.encoders import Encoder, get_encoder
 from routers.params import candidate_columns, check_known_params, check_text, not_fitted
@@ -77,6 +85,7 @@ class FittedRouter:
         models_: Names of the models it predicts for.
         categories_: Names of the categories it knows; none if it knows none.
         metrics_: What was measured while fitting.
+        updates_: What was changed since, oldest first.
     """
 
     method: str
@@ -86,6 +95,7 @@ class FittedRouter:
     models_: list[str] | None = None
     categories_: list[str] | None = None
     metrics_: dict[str, Any]
+    updates_: list[Update]
     _table_sha256: str | None = None
     _split: str | None = None
 
@@ -121,7 +131,7 @@ class FittedRouter:
             RouterError: A hyper-parameter is wrong, or the table lacks what the method needs.
         """
         self._check_params()
-        self.models_, self.categories_, self.metrics_ = None, None, {}
+        self.models_, self.categories_, self.metrics_, self.updates_ = None, None, {}, []
         rows = self._rows(table, split)
         self._learn(rows)
         self.models_ = rows.models
@@ -200,6 +210,7 @@ class FittedRouter:
             categories=self.categories_,
             table_sha256=self._table_sha256,
             split=self._split,
+            updates=self.updates_,
             params=self._params(),
             state={name: float(getattr(self, f"{name}_")) for name in self.numbers},
             metrics=self.metrics_,
@@ -244,7 +255,7 @@ class FittedRouter:
             setattr(self, f"{name}_", artefact.array(name, tuple(lengths[axis] for axis in axes)))
         for name in self.numbers:
             setattr(self, f"{name}_", artefact.state(name))
-        self.metrics_ = dict(manifest.metrics)
+        self.metrics_, self.updates_ = dict(manifest.metrics), list(manifest.updates)
         self.models_, self.categories_ = list(manifest.models), manifest.categories
         self._table_sha256, self._split = manifest.table_sha256, manifest.split
         self._ready()

@@ -45,7 +45,9 @@ class GrowingRouter(VectorRouter):
 
         values = np.asarray(scores, np.float64)
         if name in self.models:
-            raise RouterError(f"there is a model {name!r} already; give the new one another name")
+            raise RouterError(
+                f"there is a model {name!r} already; give another name, or remove it first"
+            )
         if values.shape != (len(texts),) or not len(texts):
             raise RouterError(f"one score per text is needed, not {values.size} for {len(texts)}")
         if not ((values >= 0) & (values <= 1)).all():

@@ -98,7 +98,7 @@ class RidgeRouter(GrowingRouter):
 
         Args:
             texts: Prompts.
-            scores: Shape (n_prompts, n_models), without gaps, in the order of ``models``.
+            scores: Shape (n_prompts, n_models), in the order of ``models``, NaN for missing cells.
             sign: 1 or -1.
 
         Raises:
@@ -108,13 +108,21 @@ class RidgeRouter(GrowingRouter):
 
         if self.models_ is None:
             raise not_fitted(self)
-        if scores.shape != (len(texts), len(self.models_)) or np.isnan(scores).any():
-            raise RouterError(
-                f"scores must have the shape ({len(texts)}, {len(self.models_)}) without gaps"
-            )
+        if scores.shape != (len(texts), len(self.models_)):
+            raise RouterError(f"scores must have the shape ({len(texts)}, {len(self.models_)})")
         inputs = _inputs(self._encode_all(texts))
-        self.grams_ = self.grams_ + sign * (inputs.T @ inputs)
-        self.moments_ = self.moments_ + sign * (scores.T @ inputs)
+        present = ~np.isnan(scores)
+        # Models go on sharing a Gram matrix where they were run on the same of the new prompts.
+        histories = np.column_stack([self.groups_, present.T])
+        _, first, groups = np.unique(histories, axis=0, return_index=True, return_inverse=True)
+        self.grams_ = np.array(
+            [
+                self.grams_[self.groups_[j]] + sign * (inputs[mask].T @ inputs[mask])
+                for j, mask in zip(first, present.T[first], strict=True)
+            ]
+        )
+        self.groups_ = groups.reshape(-1).astype(np.int64)
+        self.moments_ = self.moments_ + sign * (np.where(present, scores, 0.0).T @ inputs)
         self._ready()
         return self
 
