@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ClusterRouter", "cluster"]
 
+# Of the ridge regression that likens a new model to known ones; 2 to 10 are alike.
+LIKENESS_PENALTY = 5.0
+
 
 def cluster(
     vectors: NDArray[np.float32], n_clusters: int, random_state: int
@@ -44,7 +47,8 @@ class ClusterRouter(GrowingRouter):
     """Base of routers that know a model by its mean scores in clusters of prompts.
 
     Clusters come from prompts alone, so a model that training never saw is described by its scores
-    on a few hundred prompts of any kind (``add_model``).
+    on a few hundred prompts of any kind (``add_model``), and where these are few, by the models
+    it is like.
 
     Args:
         n_clusters: Number of clusters.
@@ -81,6 +85,10 @@ class ClusterRouter(GrowingRouter):
         """
         raise NotImplementedError
 
+    def _known_means(self) -> NDArray[np.float64]:
+        """What ``_profiles`` was given, for the models it knows."""
+        raise NotImplementedError
+
     def _learn(self, rows: TrainingRows) -> None:
         labels = self._cluster(rows)
         for name, array in self._profiles(self._means(rows.scores, labels)).items():
@@ -111,4 +119,23 @@ class ClusterRouter(GrowingRouter):
         import numpy as np
 
         labels = np.array([int((self.centres_ @ vector).argmax()) for vector in vectors])
-        return self._profiles(self._means(scores[:, None], labels))
+        expected = self._expected(labels, scores)
+        above = self._means((scores - expected[labels])[:, None], labels)
+        return self._profiles((expected[:, None] + above).clip(0.0, 1.0))
+
+    def _expected(
+        self, labels: NDArray[np.intp], scores: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """What a new model's likeness to the others lets expect of it, shape (n_clusters,).
+
+        Its few prompts per cluster are shrunk towards this. Its mean score alone would make it look
+        too good in hard clusters and too bad in easy ones, beside models that are known there.
+        """
+        from sklearn.linear_model import Ridge
+
+        known = self._known_means()
+        level = known.mean(axis=1)
+        others = known - level[:, None]
+        model = Ridge(LIKENESS_PENALTY).fit(others[labels], scores - level[labels])
+        expected: NDArray[np.float64] = level + model.predict(others)
+        return expected

@@ -65,6 +65,9 @@ class KMeansRouter(ClusterRouter):
     def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         return {"quality": means}
 
+    def _known_means(self) -> NDArray[np.float64]:
+        return self.quality_
+
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
         nearest, weights = self._nearest(given)
         quality = (self.quality_[nearest] * weights[:, None]).sum(axis=0)

@@ -108,6 +108,9 @@ class NexusRouter(GradientRouter, ClusterRouter):
     def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         return {"profiles": means.T}
 
+    def _known_means(self) -> NDArray[np.float64]:
+        return self.profiles_.T
+
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
         import torch

@@ -64,6 +64,9 @@ class UniRouteRouter(ClusterRouter):
     def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         return {"errors": 1.0 - means.T}
 
+    def _known_means(self) -> NDArray[np.float64]:
+        return 1.0 - self.errors_.T
+
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
         nearest, weights = self._nearest(given)
         error = (self.errors_[:, nearest] * weights).sum(axis=1)

@@ -117,6 +117,18 @@ def test_a_new_model_needs_no_retraining(make):
         router.add_model("lawyer", texts, table.scores("validation")[:, 2])
 
 
+@pytest.mark.parametrize("make", [KMeansRouter, UniRouteRouter])
+def test_a_new_model_is_expected_to_be_like_those_it_resembles(make):
+    table = example_table(per_split=240)
+    prompts, scores = table.with_prompts_of("validation"), table.scores("validation")
+    some = [row for row, name in enumerate(prompts.categories or ()) if name != "law"]
+    router = make(encoder="hashing", n_clusters=12).fit(table)
+    router.add_model("cook's twin", prompts.take(some).texts, scores[some, 0])
+    quality = _quality(router, ["cook", "lawyer", "cook's twin"])
+    # It was never asked about law, where the cook, whom it resembles elsewhere, fails.
+    assert quality[1, 2] < scores[some, 0].mean() - 0.1
+
+
 @pytest.mark.parametrize("make", [KMeansRouter, NexusRouter, UniRouteRouter])
 def test_a_removed_model_leaves_the_others_as_they_were(make, tmp_path):
     router = make(encoder="hashing", n_clusters=6).fit(example_table())
