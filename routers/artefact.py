@@ -34,6 +34,7 @@ __all__ = [
     "Artefact",
     "EncoderId",
     "Manifest",
+    "Update",
     "encoder_of",
     "load_artefact",
     "read_manifest",
@@ -51,6 +52,23 @@ class EncoderId(BaseModel):
 
     name: str
     revision: str
+
+
+class Update(BaseModel):
+    """What was changed in a router after it was fitted, in the order it was done."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    table_sha256: str | None = None
+    """Hash of the outcome table's contents; none if models were only removed."""
+    split: str | None = None
+    """The split of that table."""
+    removed: list[str] = Field(default_factory=list)
+    """Models that were removed."""
+    rows: int = 0
+    """How many prompts the models it knew learnt from."""
+    added: dict[str, int] = Field(default_factory=dict)
+    """Models that joined, each with the number of prompts it was described by."""
 
 
 class Manifest(BaseModel):
@@ -74,6 +92,8 @@ class Manifest(BaseModel):
     """Hash of the outcome table's contents it was fitted on."""
     split: str | None = None
     """The split it was fitted on."""
+    updates: list[Update] = Field(default_factory=list)
+    """What was changed since, oldest first."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Hyper-parameters, as given to the constructor."""
     state: dict[str, Any] = Field(default_factory=dict)

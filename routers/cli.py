@@ -11,7 +11,7 @@ import click
 from routers.base import RouterError
 from routers.registry import get_router_class, registered_routers
 
-__all__ = ["TABLE_OPTION", "train_command"]
+__all__ = ["TABLE_OPTION", "print_manifest", "train_command"]
 
 TABLE_OPTION = click.option(
     "--table",
@@ -97,7 +97,7 @@ def _router_command(method: str) -> click.Command:
             _train(method, table_path, out, split, models, settings)
         except RouterError as exc:
             raise click.UsageError(str(exc)) from exc
-        _print_result(out, as_json)
+        print_manifest(out, as_json)
 
     return train
 
@@ -125,7 +125,8 @@ def _train(
     router.fit(table, split=split).save(out)
 
 
-def _print_result(out: Path, as_json: bool) -> None:
+def print_manifest(out: Path, as_json: bool) -> None:
+    """Say on stdout what an artefact that was just written holds."""
     from routers.artefact import read_manifest
 
     manifest = read_manifest(out)
@@ -137,6 +138,13 @@ def _print_result(out: Path, as_json: bool) -> None:
     click.echo(f"models     {', '.join(manifest.models)}")
     if manifest.categories is not None:
         click.echo(f"categories {', '.join(manifest.categories)}")
+    for update in manifest.updates:
+        for name in update.removed:
+            click.echo(f"removed    {name}")
+        if update.rows:
+            click.echo(f"learnt     {update.rows} more prompts")
+        for name, prompts in update.added.items():
+            click.echo(f"added      {name} by {prompts} prompts")
     for name, value in {**manifest.state, **manifest.metrics}.items():
         if isinstance(value, int | float):
             click.echo(f"{name:<32} {value:.4g}")

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from routers.fitted import TrainingRows
+from routers.growing import GrowingRouter
+from routers.params import check_number
+from routers.training import shrunken_means
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["cluster", "soft_memberships"]
+__all__ = ["ClusterRouter", "cluster"]
+
+# Of the ridge regression that likens a new model to known ones; 2 to 10 are alike.
+LIKENESS_PENALTY = 5.0
 
 
 def cluster(
@@ -35,13 +43,99 @@ def cluster(
     return (centres / lengths).astype(np.float32), np.asarray(labels, np.intp)
 
 
-def soft_memberships(
-    centres: NDArray[np.float32], vector: NDArray[np.float32], top_k: int, beta: float
-) -> tuple[NDArray[np.intp], NDArray[Any]]:
-    """The nearest clusters of a vector and their weights, softmax(-beta * cosine distance)."""
-    import numpy as np
+class ClusterRouter(GrowingRouter):
+    """Base of routers that know a model by its mean scores in clusters of prompts.
 
-    similarity = centres @ vector
-    nearest = np.argsort(-similarity, kind="stable")[:top_k]
-    weights = np.exp(beta * (similarity[nearest] - similarity[nearest[0]]).astype(np.float64))
-    return nearest, weights / weights.sum()
+    Clusters come from prompts alone, so a model that training never saw is described by its scores
+    on a few hundred prompts of any kind (``add_model``), and where these are few, by the models
+    it is like.
+
+    Args:
+        n_clusters: Number of clusters.
+        top_k: How many of the nearest clusters count.
+        beta: How fast a cluster's weight falls with its cosine distance.
+        shrinkage: Number of prompts with the model's mean score that each cluster's is mixed with.
+        random_state: Seed of the initial centres.
+
+    Attributes:
+        centres_: Unit vectors, shape (n_clusters, width).
+    """
+
+    n_clusters: int
+    top_k: int
+    beta: float
+    shrinkage: float
+    random_state: int
+
+    centres_: NDArray[np.float32]
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        check_number(self, "n_clusters", self.n_clusters, 1)
+        check_number(self, "top_k", self.top_k, 1)
+        check_number(self, "beta", self.beta, 0)
+        check_number(self, "shrinkage", self.shrinkage, 0)
+        check_number(self, "random_state", self.random_state, 0)
+
+    def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+        """The method's one array with an axis ``models``.
+
+        Args:
+            means: Mean scores, shape (n_clusters, n_models).
+        """
+        raise NotImplementedError
+
+    def _known_means(self) -> NDArray[np.float64]:
+        """What ``_profiles`` was given, for the models it knows."""
+        raise NotImplementedError
+
+    def _learn(self, rows: TrainingRows) -> None:
+        labels = self._cluster(rows)
+        for name, array in self._profiles(self._means(rows.scores, labels)).items():
+            setattr(self, f"{name}_", array)
+
+    def _cluster(self, rows: TrainingRows) -> NDArray[np.intp]:
+        """Set the centres; return the cluster of each row."""
+        self.centres_, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
+        return labels
+
+    def _means(self, scores: NDArray[np.float64], labels: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Shrunken mean scores, shape (n_clusters, n_models)."""
+        return shrunken_means(scores, labels, len(self.centres_), float(self.shrinkage))[:-1]
+
+    def _nearest(self, vector: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[Any]]:
+        """The nearest clusters and their weights, softmax(-beta * cosine distance)."""
+        import numpy as np
+
+        similarity = self.centres_ @ vector
+        nearest = np.argsort(-similarity, kind="stable")[: self.top_k]
+        gaps = (similarity[nearest] - similarity[nearest[0]]).astype(np.float64)
+        weights = np.exp(self.beta * gaps)
+        return nearest, weights / weights.sum()
+
+    def _describe(
+        self, vectors: NDArray[np.float32], scores: NDArray[np.float64]
+    ) -> dict[str, NDArray[Any]]:
+        import numpy as np
+
+        labels = np.array([int((self.centres_ @ vector).argmax()) for vector in vectors])
+        expected = self._expected(labels, scores)
+        above = self._means((scores - expected[labels])[:, None], labels)
+        return self._profiles((expected[:, None] + above).clip(0.0, 1.0))
+
+    def _expected(
+        self, labels: NDArray[np.intp], scores: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """What a new model's likeness to the others lets expect of it, shape (n_clusters,).
+
+        Its few prompts per cluster are shrunk towards this. Its mean score alone would make it look
+        too good in hard clusters and too bad in easy ones, beside models that are known there.
+        """
+        from sklearn.linear_model import Ridge
+
+        known = self._known_means()
+        level = known.mean(axis=1)
+        others = known - level[:, None]
+        model = Ridge(LIKENESS_PENALTY).fit(others[labels], scores - level[labels])
+        expected: NDArray[np.float64] = level + model.predict(others)
+        return expected

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation
 from routers.calibration import fit_platt, sigmoid
+from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
+from routers.fitted import TrainingRows
 from routers.params import check_number
+from routers.torch_training import GradientRouter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +26,7 @@ WRONG_BELOW = 0.5
 LOW_SAMPLES = 3
 
 
-class ContrastiveRouter(VectorRouter):
+class ContrastiveRouter(GradientRouter):
     """Cosine between a projected query and a learnt vector per model, calibrated to quality.
 
     Args:
@@ -88,21 +90,12 @@ class ContrastiveRouter(VectorRouter):
         check_number(self, "temperature", self.temperature, 0, low_open=True)
         check_number(self, "sample_weight", self.sample_weight, 0)
         check_number(self, "n_clusters", self.n_clusters, 1)
-        check_number(self, "learning_rate", self.learning_rate, 0, low_open=True)
-        check_number(self, "weight_decay", self.weight_decay, 0)
-        check_number(self, "epochs", self.epochs, 1)
-        check_number(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
         import torch
 
-        from routers.clusters import cluster
-        from routers.torch_training import train
-
-        torch.manual_seed(self.random_state)
-        vectors = torch.from_numpy(np.asarray(rows.vectors, np.float32))
-        scores = torch.from_numpy(rows.scores.astype(np.float32))
+        vectors, scores = self._tensors(rows)
         _, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
         groups = torch.from_numpy(labels)
         projection = torch.nn.Linear(vectors.shape[1], self.latent, bias=False)
@@ -116,17 +109,7 @@ class ContrastiveRouter(VectorRouter):
             by_sample = sample_loss(latent @ latent.T / self.temperature, groups[part])
             return by_model + self.sample_weight * by_sample
 
-        self.metrics_ = train(
-            module,
-            loss,
-            len(rows),
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_size=64,
-            random_state=self.random_state,
-            name=self.method,
-        )
+        self._train(module, loss, len(rows))
         self.projection_ = projection.weight.detach().numpy()
         directions = torch.nn.functional.normalize(models.weight, dim=1)
         self.vectors_ = directions.detach().numpy()

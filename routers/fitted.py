@@ -14,7 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from routers.artefact import Artefact, EncoderId, Manifest, encoder_of, load_artefact, save_artefact
+from routers.artefact import (
+    Artefact,
+    EncoderId,
+    Manifest,
+    Update,
+    encoder_of,
+    load_artefact,
+    save_artefact,
+)
 from routers.base import Explanation, Measured, Prediction, Query, RouterError
 from routers.encoders import Encoder, get_encoder
 from routers.params import candidate_columns, check_known_params, check_text, not_fitted
@@ -78,6 +86,7 @@ class FittedRouter:
         categories_: Names of the categories it knows; none if it knows none.
         metrics_: What was measured while fitting.
         measured: What is known of the models' answers in the training rows, by model.
+        updates_: What was changed since, oldest first.
     """
 
     method: str
@@ -88,6 +97,7 @@ class FittedRouter:
     categories_: list[str] | None = None
     metrics_: dict[str, Any]
     measured: Mapping[str, Measured] = {}
+    updates_: list[Update]
     _table_sha256: str | None = None
     _split: str | None = None
 
@@ -123,7 +133,7 @@ class FittedRouter:
             RouterError: A hyper-parameter is wrong, or the table lacks what the method needs.
         """
         self._check_params()
-        self.models_, self.categories_, self.metrics_ = None, None, {}
+        self.models_, self.categories_, self.metrics_, self.updates_ = None, None, {}, []
         rows = self._rows(table, split)
         self._learn(rows)
         self.models_ = rows.models
@@ -193,21 +203,6 @@ class FittedRouter:
                 f"artefact of {self.method!r}: {name!r} must lie from 0 to {size - 1}"
             )
 
-    def _scores_of_new(
-        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Checked scores of a model that joins a fitted router, shape (n_texts,)."""
-        import numpy as np
-
-        values = np.asarray(scores, np.float64)
-        if name in self.models:
-            raise RouterError(f"there is a model {name!r} already; give the new one another name")
-        if values.shape != (len(texts),) or not len(texts):
-            raise RouterError(f"one score per text is needed, not {values.size} for {len(texts)}")
-        if not ((values >= 0) & (values <= 1)).all():
-            raise RouterError("scores must lie in [0, 1]; leave out texts that were not run")
-        return values
-
     def _params(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
@@ -218,6 +213,7 @@ class FittedRouter:
             categories=self.categories_,
             table_sha256=self._table_sha256,
             split=self._split,
+            updates=self.updates_,
             params=self._params(),
             state={name: float(getattr(self, f"{name}_")) for name in self.numbers},
             measured=dict(self.measured),
@@ -263,7 +259,7 @@ class FittedRouter:
             setattr(self, f"{name}_", artefact.array(name, tuple(lengths[axis] for axis in axes)))
         for name in self.numbers:
             setattr(self, f"{name}_", artefact.state(name))
-        self.metrics_ = dict(manifest.metrics)
+        self.metrics_, self.updates_ = dict(manifest.metrics), list(manifest.updates)
         self.measured = manifest.measured
         self.models_, self.categories_ = list(manifest.models), manifest.categories
         self._table_sha256, self._split = manifest.table_sha256, manifest.split

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
+from routers.fitted import TrainingRows
 from routers.params import check_number
+from routers.torch_training import GradientRouter, masked_bce
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["IRTRouter"]
 
 
-class IRTRouter(VectorRouter):
+class IRTRouter(GradientRouter):
     """P(model right) = sigmoid(discrimination(query) . ability(model) - difficulty(query)).
 
     Discrimination is never negative, so that more ability never hurts and each ability can be read
@@ -73,20 +74,12 @@ class IRTRouter(VectorRouter):
     def _check_params(self) -> None:
         super()._check_params()
         check_number(self, "abilities", self.abilities, 1)
-        check_number(self, "learning_rate", self.learning_rate, 0, low_open=True)
-        check_number(self, "weight_decay", self.weight_decay, 0)
-        check_number(self, "epochs", self.epochs, 1)
-        check_number(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
         import torch
 
-        from routers.torch_training import masked_bce, train
-
-        torch.manual_seed(self.random_state)
-        vectors = torch.from_numpy(np.asarray(rows.vectors, np.float32))
-        scores = torch.from_numpy(rows.scores.astype(np.float32))
+        vectors, scores = self._tensors(rows)
         query = torch.nn.Linear(vectors.shape[1], self.abilities)
         models = torch.nn.Embedding(len(rows.models), self.abilities)
         difficulty = torch.nn.Linear(vectors.shape[1], 1)
@@ -104,17 +97,7 @@ class IRTRouter(VectorRouter):
             sharp = torch.nn.functional.softplus(query(inputs))
             return masked_bce(sharp @ models.weight.T - difficulty(inputs), scores[part])
 
-        self.metrics_ = train(
-            module,
-            loss,
-            len(rows),
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_size=64,
-            random_state=self.random_state,
-            name=self.method,
-        )
+        self._train(module, loss, len(rows))
         self.discrimination_ = query.weight.detach().numpy()
         self.offsets_ = query.bias.detach().numpy()
         self.abilities_ = models.weight.detach().numpy()

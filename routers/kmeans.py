@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation
-from routers.clusters import cluster, soft_memberships
+from routers.clusters import ClusterRouter
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
-from routers.params import check_number
-from routers.training import shrunken_means
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["KMeansRouter"]
 
 
-class KMeansRouter(VectorRouter):
+class KMeansRouter(ClusterRouter):
     """Mean scores of a query's nearest clusters, weighed by nearness.
 
     Trains in seconds on 100,000 prompts; a prediction costs microseconds besides the encoder.
@@ -46,6 +43,8 @@ class KMeansRouter(VectorRouter):
     method = "kmeans"
     arrays: ClassVar = {"centres": ("clusters", "width"), "quality": ("clusters", "models")}
 
+    quality_: NDArray[np.float64]
+
     def __init__(
         self,
         *,
@@ -63,21 +62,13 @@ class KMeansRouter(VectorRouter):
         self.shrinkage = shrinkage
         self.random_state = random_state
 
-    def _check_params(self) -> None:
-        super()._check_params()
-        check_number(self, "n_clusters", self.n_clusters, 1)
-        check_number(self, "top_k", self.top_k, 1)
-        check_number(self, "beta", self.beta, 0)
-        check_number(self, "shrinkage", self.shrinkage, 0)
-        check_number(self, "random_state", self.random_state, 0)
+    def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+        return {"quality": means}
 
-    def _learn(self, rows: TrainingRows) -> None:
-        self.centres_, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
-        self.quality_ = shrunken_means(
-            rows.scores, labels, len(self.centres_), float(self.shrinkage)
-        )[:-1]
+    def _known_means(self) -> NDArray[np.float64]:
+        return self.quality_
 
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
-        nearest, weights = soft_memberships(self.centres_, given, self.top_k, self.beta)
+        nearest, weights = self._nearest(given)
         quality = (self.quality_[nearest] * weights[:, None]).sum(axis=0)
         return quality, Explanation(detail={"cluster": int(nearest[0])})

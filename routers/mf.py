@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
+from routers.fitted import TrainingRows
 from routers.params import check_number
+from routers.torch_training import GradientRouter, masked_bce
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["MFRouter"]
 
 
-class MFRouter(VectorRouter):
+class MFRouter(GradientRouter):
     """P(model right) = sigmoid of the product of a model's vector and a projected query.
 
     Trained with binary cross-entropy over the cells that were run; a share of the rows tells when
@@ -73,20 +74,11 @@ class MFRouter(VectorRouter):
         super()._check_params()
         check_number(self, "latent", self.latent, 1)
         check_number(self, "noise", self.noise, 0)
-        check_number(self, "learning_rate", self.learning_rate, 0, low_open=True)
-        check_number(self, "weight_decay", self.weight_decay, 0)
-        check_number(self, "epochs", self.epochs, 1)
-        check_number(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
-        import numpy as np
         import torch
 
-        from routers.torch_training import masked_bce, train
-
-        torch.manual_seed(self.random_state)
-        vectors = torch.from_numpy(np.asarray(rows.vectors, np.float32))
-        scores = torch.from_numpy(rows.scores.astype(np.float32))
+        vectors, scores = self._tensors(rows)
         projection = torch.nn.Linear(vectors.shape[1], self.latent, bias=False)
         models = torch.nn.Linear(self.latent, len(rows.models))
         means = torch.nanmean(scores, dim=0).clamp(0.02, 0.98)
@@ -101,17 +93,7 @@ class MFRouter(VectorRouter):
                 inputs = inputs + scale * torch.randn_like(inputs)
             return masked_bce(module(inputs), scores[part])
 
-        self.metrics_ = train(
-            module,
-            loss,
-            len(rows),
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_size=64,
-            random_state=self.random_state,
-            name=self.method,
-        )
+        self._train(module, loss, len(rows))
         self.projection_ = projection.weight.detach().numpy()
         self.vectors_ = models.weight.detach().numpy()
         self.biases_ = models.bias.detach().numpy()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation
 from routers.calibration import sigmoid
-from routers.clusters import cluster, soft_memberships
+from routers.clusters import ClusterRouter
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
+from routers.fitted import TrainingRows
 from routers.params import check_number
-from routers.training import shrunken_means
+from routers.torch_training import GradientRouter, masked_bce
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +22,7 @@ __all__ = ["NexusRouter"]
 LEAST_QUALITY = 0.02
 
 
-class NexusRouter(VectorRouter):
+class NexusRouter(GradientRouter, ClusterRouter):
     """What a model's mean scores per cluster say, corrected by a vector generated from them.
 
     The logit of a quality is that of the query's clusters plus the product of the projected query
@@ -69,6 +68,8 @@ class NexusRouter(VectorRouter):
         "down": ("latent", "hidden"),
     }
 
+    profiles_: NDArray[np.float64]
+
     def __init__(
         self,
         *,
@@ -100,24 +101,24 @@ class NexusRouter(VectorRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        for name in ("n_clusters", "latent", "hidden", "top_k", "profile_prompts", "epochs"):
-            check_number(self, name, getattr(self, name), 1)
-        for name in ("beta", "shrinkage", "weight_decay", "random_state"):
-            check_number(self, name, getattr(self, name), 0)
-        check_number(self, "learning_rate", self.learning_rate, 0, low_open=True)
+        check_number(self, "latent", self.latent, 1)
+        check_number(self, "hidden", self.hidden, 1)
+        check_number(self, "profile_prompts", self.profile_prompts, 1)
+
+    def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+        return {"profiles": means.T}
+
+    def _known_means(self) -> NDArray[np.float64]:
+        return self.profiles_.T
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
         import torch
 
-        from routers.torch_training import masked_bce, train
-
-        self.centres_, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
+        labels = self._cluster(rows)
         size = len(self.centres_)
-        torch.manual_seed(self.random_state)
         rng = np.random.default_rng(self.random_state)
-        vectors = torch.from_numpy(np.asarray(rows.vectors, np.float32))
-        scores = torch.from_numpy(rows.scores.astype(np.float32))
+        vectors, scores = self._tensors(rows)
         memberships = torch.from_numpy(
             np.array([self._memberships(vector) for vector in rows.vectors], np.float32)
         )
@@ -126,31 +127,21 @@ class NexusRouter(VectorRouter):
         down = torch.nn.Linear(self.hidden, self.latent, bias=False)
         torch.nn.init.zeros_(down.weight)
         module = torch.nn.ModuleList([projection, gate, up, down])
-        whole = torch.from_numpy(self._profiles(rows.scores, labels).astype(np.float32))
+        whole = torch.from_numpy(self._means(rows.scores, labels).T.astype(np.float32))
 
         def loss(part: torch.Tensor) -> torch.Tensor:
             profiles = whole
             if module.training:
                 some = rng.choice(len(rows), min(self.profile_prompts, len(rows)), replace=False)
-                drawn = self._profiles(rows.scores[some], labels[some])
-                profiles = torch.from_numpy(drawn.astype(np.float32))
+                drawn = self._means(rows.scores[some], labels[some])
+                profiles = torch.from_numpy(drawn.T.astype(np.float32))
             made = down(torch.nn.functional.silu(gate(profiles)) * up(profiles))
             base = torch.logit(
                 (memberships[part] @ profiles.T).clamp(LEAST_QUALITY, 1 - LEAST_QUALITY)
             )
             return masked_bce(base + projection(vectors[part]) @ made.T, scores[part])
 
-        self.metrics_ = train(
-            module,
-            loss,
-            len(rows),
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_size=64,
-            random_state=self.random_state,
-            name=self.method,
-        )
+        self._train(module, loss, len(rows))
         self.profiles_ = whole.numpy().astype(np.float64)
         self.projection_ = projection.weight.detach().numpy()
         self.gate_, self.up_ = (
@@ -159,16 +150,10 @@ class NexusRouter(VectorRouter):
         )
         self.down_ = down.weight.detach().numpy()
 
-    def _profiles(
-        self, scores: NDArray[np.float64], labels: NDArray[np.intp]
-    ) -> NDArray[np.float64]:
-        means = shrunken_means(scores, labels, len(self.centres_), float(self.shrinkage))
-        return means[:-1].T
-
     def _memberships(self, vector: NDArray[np.float32]) -> NDArray[np.float64]:
         import numpy as np
 
-        nearest, weights = soft_memberships(self.centres_, vector, self.top_k, self.beta)
+        nearest, weights = self._nearest(vector)
         whole = np.zeros(len(self.centres_))
         whole[nearest] = weights
         return whole
@@ -188,20 +173,3 @@ class NexusRouter(VectorRouter):
         latent = (self.projection_ * given).sum(axis=1)
         logits = np.log(base / (1 - base)) + (self._vectors * latent).sum(axis=1)
         return sigmoid(logits), Explanation()
-
-    def add_model(
-        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
-    ) -> Self:
-        """Add a model by its scores on a few hundred prompts; the others are untouched.
-
-        Raises:
-            RouterError: The name is taken, or texts and scores do not match.
-        """
-        import numpy as np
-
-        values = self._scores_of_new(name, texts, scores)
-        labels = np.array([int((self.centres_ @ v).argmax()) for v in self._encode_all(texts)])
-        self.profiles_ = np.vstack([self.profiles_, self._profiles(values[:, None], labels)])
-        self.models_ = [*self.models, name]
-        self._ready()
-        return self

@@ -7,6 +7,7 @@ name registered routers only: reading a file never imports what it names.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -41,8 +42,14 @@ ROUTERS: dict[str, str] = {
 
 def registered_routers() -> dict[str, str]:
     """Name to ``"module:Class"``: those of installed packages, and ours, which come first."""
-    others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    others = _installed()
     return {**ROUTERS, **{name: where for name, where in others.items() if name not in ROUTERS}}
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    # Once per process: it opens a file of every installed package.
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
 def get_router_class(name: str) -> type[TrainableRouter]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from routers.base import Explanation, RouterError
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
+from routers.fitted import TrainingRows
+from routers.growing import GrowingRouter
 from routers.params import check_number, not_fitted
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["RidgeRouter"]
 
 
-class RidgeRouter(VectorRouter):
+class RidgeRouter(GrowingRouter):
     """Predicts scores linearly from the vector; rows and models come and go without retraining.
 
     What is kept are sums over rows, not rows: one Gram matrix per set of models that were run on
@@ -97,7 +98,7 @@ class RidgeRouter(VectorRouter):
 
         Args:
             texts: Prompts.
-            scores: Shape (n_prompts, n_models), without gaps, in the order of ``models``.
+            scores: Shape (n_prompts, n_models), in the order of ``models``, NaN for missing cells.
             sign: 1 or -1.
 
         Raises:
@@ -107,51 +108,44 @@ class RidgeRouter(VectorRouter):
 
         if self.models_ is None:
             raise not_fitted(self)
-        if scores.shape != (len(texts), len(self.models_)) or np.isnan(scores).any():
-            raise RouterError(
-                f"scores must have the shape ({len(texts)}, {len(self.models_)}) without gaps"
-            )
+        if scores.shape != (len(texts), len(self.models_)):
+            raise RouterError(f"scores must have the shape ({len(texts)}, {len(self.models_)})")
         inputs = _inputs(self._encode_all(texts))
-        self.grams_ = self.grams_ + sign * (inputs.T @ inputs)
-        self.moments_ = self.moments_ + sign * (scores.T @ inputs)
+        present = ~np.isnan(scores)
+        # Models go on sharing a Gram matrix where they were run on the same of the new prompts.
+        histories = np.column_stack([self.groups_, present.T])
+        _, first, groups = np.unique(histories, axis=0, return_index=True, return_inverse=True)
+        self.grams_ = np.array(
+            [
+                self.grams_[self.groups_[j]] + sign * (inputs[mask].T @ inputs[mask])
+                for j, mask in zip(first, present.T[first], strict=True)
+            ]
+        )
+        self.groups_ = groups.reshape(-1).astype(np.int64)
+        self.moments_ = self.moments_ + sign * (np.where(present, scores, 0.0).T @ inputs)
         self._ready()
         return self
 
-    def add_model(
-        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
-    ) -> Self:
-        """Add a model from its scores on some prompts, any prompts; the others are untouched.
-
-        Raises:
-            RouterError: The name is taken, or texts and scores do not match.
-        """
+    def _describe(
+        self, vectors: NDArray[np.float32], scores: NDArray[np.float64]
+    ) -> dict[str, NDArray[Any]]:
         import numpy as np
 
-        values = self._scores_of_new(name, texts, scores)
-        inputs = _inputs(self._encode_all(texts))
+        inputs = _inputs(vectors)
         self.grams_ = np.concatenate([self.grams_, (inputs.T @ inputs)[None]])
-        self.groups_ = np.append(self.groups_, len(self.grams_) - 1)
-        self.moments_ = np.vstack([self.moments_, values @ inputs])
-        self.models_ = [*self.models, name]
-        self._ready()
-        return self
+        return {"groups": np.array([len(self.grams_) - 1]), "moments": (scores @ inputs)[None]}
 
     def remove_model(self, name: str) -> Self:
-        """Forget a model.
+        """Forget a model, and its Gram matrix if no other shares it.
 
         Raises:
             RouterError: It is unknown, or the only one.
         """
         import numpy as np
 
-        models = self.models
-        if name not in models or len(models) == 1:
-            raise RouterError(f"cannot remove {name!r} from {', '.join(map(repr, models))}")
-        kept = [j for j, other in enumerate(models) if other != name]
-        used, groups = np.unique(self.groups_[kept], return_inverse=True)
+        super().remove_model(name)
+        used, groups = np.unique(self.groups_, return_inverse=True)
         self.grams_, self.groups_ = self.grams_[used], groups.astype(np.int64)
-        self.moments_ = self.moments_[kept]
-        self.models_ = [models[j] for j in kept]
         self._ready()
         return self
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation
-from routers.clusters import cluster, soft_memberships
+from routers.clusters import ClusterRouter
 from routers.encoders import DEFAULT_ENCODER, Encoder
-from routers.fitted import TrainingRows, VectorRouter
-from routers.params import check_number
-from routers.training import shrunken_means
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["UniRouteRouter"]
 
 
-class UniRouteRouter(VectorRouter):
+class UniRouteRouter(ClusterRouter):
     """Clusters come from prompts alone; each model is described by its mean errors in them.
 
     ``add_model`` describes a model that training never saw, from its scores on a few hundred
@@ -46,6 +42,8 @@ class UniRouteRouter(VectorRouter):
     method = "uniroute"
     arrays: ClassVar = {"centres": ("clusters", "width"), "errors": ("models", "clusters")}
 
+    errors_: NDArray[np.float64]
+
     def __init__(
         self,
         *,
@@ -63,37 +61,13 @@ class UniRouteRouter(VectorRouter):
         self.shrinkage = shrinkage
         self.random_state = random_state
 
-    def _check_params(self) -> None:
-        super()._check_params()
-        check_number(self, "n_clusters", self.n_clusters, 1)
-        check_number(self, "top_k", self.top_k, 1)
-        check_number(self, "beta", self.beta, 0)
-        check_number(self, "shrinkage", self.shrinkage, 0)
-        check_number(self, "random_state", self.random_state, 0)
+    def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+        return {"errors": 1.0 - means.T}
 
-    def _learn(self, rows: TrainingRows) -> None:
-        self.centres_, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
-        means = shrunken_means(rows.scores, labels, len(self.centres_), float(self.shrinkage))
-        self.errors_ = 1.0 - means[:-1].T
+    def _known_means(self) -> NDArray[np.float64]:
+        return 1.0 - self.errors_.T
 
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
-        nearest, weights = soft_memberships(self.centres_, given, self.top_k, self.beta)
+        nearest, weights = self._nearest(given)
         error = (self.errors_[:, nearest] * weights).sum(axis=1)
         return 1.0 - error, Explanation(detail={"cluster": int(nearest[0])})
-
-    def add_model(
-        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
-    ) -> Self:
-        """Describe a new model by its scores on some prompts; the others are untouched.
-
-        Raises:
-            RouterError: The name is taken, or texts and scores do not match.
-        """
-        import numpy as np
-
-        values = self._scores_of_new(name, texts, scores)
-        labels = np.array([int((self.centres_ @ v).argmax()) for v in self._encode_all(texts)])
-        means = shrunken_means(values[:, None], labels, len(self.centres_), float(self.shrinkage))
-        self.errors_ = np.vstack([self.errors_, 1.0 - means[:-1].T])
-        self.models_ = [*self.models, name]
-        return self

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
+import routers.registry
 from routers.artefact import Manifest, load_artefact, read_manifest, save_artefact
 from routers.base import RouterError
 from routers.coe import CoERouter
 from routers.encoders import HashingEncoder
-from routers.registry import get_router_class, load_router
+from routers.registry import get_router_class, load_router, registered_routers
 from routers.testing import example_table
 
 
@@ -145,13 +146,23 @@ def test_module_and_class_name_a_router_of_ones_own():
     assert "is not a router" in _message(lambda: get_router_class("pathlib:Path"))
 
 
-def test_installed_packages_register_routers(tmp_path, monkeypatch):
-    from importlib.metadata import EntryPoint
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package on the path that registers two routers, one under a name of ours."""
+    package = tmp_path / "site" / "theirs-1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[collegium.routers]\ntheirs = routers.baselines:RandomRouter\ncoe = evil:Router\n"
+    )
+    monkeypatch.syspath_prepend(package.parent)
+    routers.registry._installed.cache_clear()
+    yield
+    routers.registry._installed.cache_clear()
 
-    import routers.registry
 
-    ours = [EntryPoint("theirs", "routers.baselines:RandomRouter", "collegium.routers"),
-            EntryPoint("coe", "evil:Router", "collegium.routers")]  # fmt: skip
-    monkeypatch.setattr(routers.registry, "entry_points", lambda group: ours)
+@pytest.mark.usefixtures("installed")
+def test_installed_packages_register_routers():
     assert get_router_class("theirs").__name__ == "RandomRouter"
     assert get_router_class("coe") is CoERouter, "names of ours cannot be taken over"
+    assert list(registered_routers())[-1] == "theirs"

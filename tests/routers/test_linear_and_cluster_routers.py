@@ -10,6 +10,7 @@ import pytest
 from routers.base import Query, RouterError
 from routers.kmeans import KMeansRouter
 from routers.knn import KNNRouter
+from routers.nexus import NexusRouter
 from routers.outcomes import OutcomeTable, Prompts
 from routers.pilots import PilotsRouter, _votes
 from routers.registry import load_router
@@ -103,18 +104,41 @@ def test_missing_cells_are_left_out_not_taken_for_failures(make):
     assert (quality[:, 2] > 0.6).all()
 
 
-def test_a_new_model_needs_no_retraining():
+@pytest.mark.parametrize("make", [KMeansRouter, NexusRouter, UniRouteRouter])
+def test_a_new_model_needs_no_retraining(make):
     table = example_table(per_split=240)
     texts = table.with_prompts_of("validation").texts
-    router = UniRouteRouter(encoder="hashing", n_clusters=6).fit(
-        table.restricted_to(["cook", "generalist"])
-    )
+    router = make(encoder="hashing", n_clusters=6).fit(table.restricted_to(["cook", "generalist"]))
     before = _quality(router, ["cook", "generalist"])
     router.add_model("lawyer", texts, table.scores("validation")[:, 2])
     assert _quality(router, ["cook", "generalist"]).tobytes() == before.tobytes()
     assert _quality(router).argmax(axis=1)[1] == 2
     with pytest.raises(RouterError, match="already"):
         router.add_model("lawyer", texts, table.scores("validation")[:, 2])
+
+
+@pytest.mark.parametrize("make", [KMeansRouter, UniRouteRouter])
+def test_a_new_model_is_expected_to_be_like_those_it_resembles(make):
+    table = example_table(per_split=240)
+    prompts, scores = table.with_prompts_of("validation"), table.scores("validation")
+    some = [row for row, name in enumerate(prompts.categories or ()) if name != "law"]
+    router = make(encoder="hashing", n_clusters=12).fit(table)
+    router.add_model("cook's twin", prompts.take(some).texts, scores[some, 0])
+    quality = _quality(router, ["cook", "lawyer", "cook's twin"])
+    # It was never asked about law, where the cook, whom it resembles elsewhere, fails.
+    assert quality[1, 2] < scores[some, 0].mean() - 0.1
+
+
+@pytest.mark.parametrize("make", [KMeansRouter, NexusRouter, UniRouteRouter])
+def test_a_removed_model_leaves_the_others_as_they_were(make, tmp_path):
+    router = make(encoder="hashing", n_clusters=6).fit(example_table())
+    before = _quality(router)
+    router.remove_model("generalist").save(tmp_path / "two")
+    assert router.models == ["cook", "lawyer"]
+    two = load_router(tmp_path / "two")
+    assert _quality(two, two.models).tobytes() == before[:, [0, 2]].tobytes()
+    with pytest.raises(RouterError, match="cannot remove 'generalist' from 'cook', 'lawyer'"):
+        router.remove_model("generalist")
 
 
 def test_ties_share_their_vote_and_ties_of_all_say_nothing():

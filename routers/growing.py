@@ -1,0 +1,81 @@
+"""Routers whose models come and go without retraining: what joining and leaving share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from routers.base import RouterError
+from routers.fitted import VectorRouter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["GrowingRouter"]
+
+
+class GrowingRouter(VectorRouter):
+    """Base of routers that know each model by what stands in its own place of some arrays.
+
+    A method says what a new model's places hold (``_describe``). Those are the arrays of ``arrays``
+    that have an axis ``models``.
+    """
+
+    def _describe(
+        self, vectors: NDArray[np.float32], scores: NDArray[np.float64]
+    ) -> dict[str, NDArray[Any]]:
+        """Every array with an axis ``models``, for one new model; sets what else it needs.
+
+        Args:
+            vectors: Of the prompts it was run on, shape (n_prompts, width).
+            scores: Its scores on them, shape (n_prompts,).
+        """
+        raise NotImplementedError
+
+    def add_model(
+        self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
+    ) -> Self:
+        """Add a model by its scores on some prompts, any prompts; the others are untouched.
+
+        Raises:
+            RouterError: The name is taken, or texts and scores do not match.
+        """
+        import numpy as np
+
+        values = np.asarray(scores, np.float64)
+        if name in self.models:
+            raise RouterError(
+                f"there is a model {name!r} already; give another name, or remove it first"
+            )
+        if values.shape != (len(texts),) or not len(texts):
+            raise RouterError(f"one score per text is needed, not {values.size} for {len(texts)}")
+        if not ((values >= 0) & (values <= 1)).all():
+            raise RouterError("scores must lie in [0, 1]; leave out texts that were not run")
+        for array, new in self._describe(self._encode_all(texts), values).items():
+            axis = self.arrays[array].index("models")
+            old = getattr(self, f"{array}_")
+            setattr(self, f"{array}_", np.concatenate([old, new], axis=axis))
+        self.models_ = [*self.models, name]
+        self._ready()
+        return self
+
+    def remove_model(self, name: str) -> Self:
+        """Forget a model.
+
+        Raises:
+            RouterError: It is unknown, or the only one.
+        """
+        import numpy as np
+
+        models = self.models
+        if name not in models or len(models) == 1:
+            raise RouterError(f"cannot remove {name!r} from {', '.join(map(repr, models))}")
+        for array, axes in self.arrays.items():
+            if "models" in axes:
+                old = getattr(self, f"{array}_")
+                kept = np.delete(old, models.index(name), axis=axes.index("models"))
+                setattr(self, f"{array}_", kept)
+        self.models_ = [other for other in models if other != name]
+        self._ready()
+        return self

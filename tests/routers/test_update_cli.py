@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from routers.artefact import read_manifest
+from routers.base import Query
+from routers.baselines import BestSingleRouter
+from routers.coe import CoERouter
+from routers.kmeans import KMeansRouter
+from routers.nexus import NexusRouter
+from routers.outcomes import OutcomeTable
+from routers.registry import load_router
+from routers.ridge import RidgeRouter
+from routers.testing import MODELS, example_table
+from routers.uniroute import UniRouteRouter
+from routers.update_cli import update_command
+
+QUERIES = [Query("bake bread onion soup"), Query("tenant court appeal"), Query("river city music")]
+OLD = ["cook", "generalist"]
+GROWING: dict[str, Callable[..., Any]] = {
+    "kmeans": partial(KMeansRouter, n_clusters=6),
+    "nexus": partial(NexusRouter, n_clusters=6, epochs=3),
+    "ridge": RidgeRouter,
+    "uniroute": partial(UniRouteRouter, n_clusters=6),
+}
+OTHERS: dict[str, Callable[..., Any]] = {
+    "BEST": BestSingleRouter,
+    "COE": partial(CoERouter, encoder="hashing"),
+    "KMEANS": partial(KMeansRouter, encoder="hashing"),
+}
+
+
+@pytest.fixture
+def table():
+    return example_table(per_split=150)
+
+
+@pytest.fixture
+def ridge(table, tmp_path):
+    """An artefact that knows two of the table's models."""
+    RidgeRouter(encoder="hashing").fit(table.restricted_to(OLD)).save(tmp_path / "ridge")
+    return tmp_path / "ridge"
+
+
+def _run(*arguments):
+    return CliRunner().invoke(update_command, list(map(str, arguments)))
+
+
+def _updated(folder, *arguments):
+    result = _run(*arguments, "--out", folder / "new")
+    assert result.exit_code == 0, result.output
+    return load_router(folder / "new")
+
+
+def _written(table, path):
+    table.write(path)
+    return path
+
+
+def _quality(router, models):
+    return router.predict(QUERIES, list(models)).quality
+
+
+def _of_split(table, *splits):
+    rows = np.concatenate([table.rows(split) for split in splits])
+    return OutcomeTable(
+        table.prompts.take(rows), models=MODELS, numbers={"score": table.scores("all")[rows]}
+    )
+
+
+def _with_gaps(table):
+    """The table with a third of its cells missing."""
+    scores = table.scores("all")
+    scores[np.random.default_rng(0).random(scores.shape) < 1 / 3] = np.nan
+    return OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+
+
+@pytest.mark.parametrize("method", GROWING)
+def test_a_model_joins_by_its_scores(method, table, tmp_path):
+    artefact = tmp_path / "old"
+    GROWING[method](encoder="hashing").fit(table.restricted_to(OLD)).save(artefact)
+    before = _quality(load_router(artefact), OLD)
+    path = _written(table, tmp_path / "table")
+    router = _updated(tmp_path, artefact, "--table", path, "--split", "validation")
+    assert router.models == [*OLD, "lawyer"]
+    assert _quality(router, OLD).tobytes() == before.tobytes()
+    assert _quality(router, MODELS).argmax(axis=1)[1] == 2
+    by_hand: Any = load_router(artefact)
+    texts = table.with_prompts_of("validation").texts
+    by_hand.add_model("lawyer", texts, table.scores("validation")[:, 2])
+    assert _quality(router, MODELS).tobytes() == _quality(by_hand, MODELS).tobytes()
+
+
+@pytest.mark.parametrize("thin", [lambda table: table, _with_gaps])
+def test_rows_added_later_count_as_those_of_training(table, tmp_path, thin):
+    whole = thin(table)
+    path = _written(whole, tmp_path / "table")
+    RidgeRouter(encoder="hashing").fit(_of_split(whole, "train")).save(tmp_path / "half")
+    arguments = [tmp_path / "half", "--table", path, "--split", "validation", "--rows"]
+    router = _updated(tmp_path, *arguments)
+    joint = _of_split(whole, "train", "validation")
+    wanted = RidgeRouter(encoder="hashing").fit(joint, split="all")
+    assert router._weights == pytest.approx(wanted._weights, abs=1e-9)
+    assert _quality(router, MODELS) == pytest.approx(_quality(wanted, MODELS), abs=1e-7)
+    assert len(router.grams_) == len(wanted.grams_)
+
+
+def test_the_manifest_tells_what_was_changed(ridge, table, tmp_path):
+    scores = table.scores("all")
+    scores[table.rows("train")[:50], 2] = np.nan
+    gaps = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    path = _written(gaps, tmp_path / "table")
+    result = _run(ridge, "--table", path, "--rows", "--out", tmp_path / "new", "--json")
+    [update] = json.loads(result.stdout)["updates"]
+    assert update == {
+        "table_sha256": gaps.sha256,
+        "split": "train",
+        "removed": [],
+        "rows": 150,
+        "added": {"lawyer": 100},
+    }
+    result = _run(tmp_path / "new", "--remove-model", "cook", "--out", tmp_path / "new")
+    assert "removed    cook" in result.stdout
+    assert "learnt     150 more prompts" in result.stdout
+    assert "added      lawyer by 100 prompts" in result.stdout
+    manifest = read_manifest(tmp_path / "new")
+    assert manifest.models == ["generalist", "lawyer"]
+    assert [found.removed for found in manifest.updates] == [[], ["cook"]]
+    assert manifest.updates[1].table_sha256 is None
+    assert manifest.table_sha256 == read_manifest(ridge).table_sha256
+
+
+def test_a_removed_model_may_join_again_by_other_scores(ridge, table, tmp_path):
+    path = _written(table, tmp_path / "table")
+    arguments = [ridge, "--table", path, "--split", "validation", "--remove-model", "cook"]
+    assert _updated(tmp_path, *arguments).models == ["generalist", "lawyer"]
+    again = _updated(tmp_path, *arguments, "--add-model", "cook")
+    assert again.models == ["generalist", "cook"]
+    before = _quality(load_router(ridge), again.models)
+    assert (_quality(again, again.models) != before).any(axis=0).tolist() == [False, True]
+
+
+def test_fitting_again_forgets_updates(ridge, table, tmp_path):
+    router = _updated(tmp_path, ridge, "--remove-model", "cook")
+    assert len(router.updates_) == 1
+    assert router.fit(table).updates_ == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RIDGE"], "come from an outcome table: give '--table'"),
+        (["RIDGE", "--rows"], "come from an outcome table: give '--table'"),
+        (["RIDGE", "--table", "KNOWN"], "knows all models of"),
+        (["RIDGE", "--table", "TABLE", "--add-model", "cook"], "already; give another name, or"),
+        (["RIDGE", "--table", "TABLE", "--add-model", "x"], "the outcome table has no model 'x'"),
+        (["RIDGE", "--table", "TABLE", "--add-model", "idle"], "'idle' has no scores in the split"),
+        (["RIDGE", "--table", "IDLE", "--rows"], "no scores of a model that the artefact knows"),
+        (["RIDGE", "--table", "TABLE", "--split", "dev"], "unknown split 'dev'"),
+        (["RIDGE", "--remove-model", "x"], "cannot remove 'x' from 'cook', 'generalist'"),
+        (["KMEANS", "--table", "TABLE", "--rows"], "'kmeans' cannot learn from more rows; train it "
+         "again, or train one that can: 'ridge'"),
+        (["COE", "--table", "TABLE"], "'coe' cannot take new models; train it again, or train one "
+         "that can: 'kmeans', 'nexus', 'ridge', 'uniroute'"),
+        (["BEST", "--remove-model", "cook"], "'best_single' cannot forget models"),
+        (["/nowhere", "--table", "TABLE"], "does not exist"),
+        (["TABLE", "--table", "TABLE"], "no artefact at"),
+    ],
+)  # fmt: skip
+def test_mistakes_exit_with_2_and_one_line(ridge, table, tmp_path, arguments, message):
+    for name in OTHERS.keys() & set(arguments):
+        OTHERS[name]().fit(table.restricted_to(OLD)).save(tmp_path / name)
+    idle = np.full((len(table.prompts), 1), np.nan)
+    idle[table.rows("test")] = 1.0
+    scores = np.hstack([table.scores("all"), idle])
+    more = OutcomeTable(table.prompts, models=[*MODELS, "idle"], numbers={"score": scores})
+    more.write(tmp_path / "TABLE")
+    more.restricted_to(["lawyer"]).write(tmp_path / "IDLE")
+    table.restricted_to(OLD).write(tmp_path / "KNOWN")
+    places = {name: tmp_path / name for name in (*OTHERS, "TABLE", "IDLE", "KNOWN")}
+    places["RIDGE"] = ridge
+    arguments = [places.get(argument, argument) for argument in arguments]
+    result = _run(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
