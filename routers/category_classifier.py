@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from routers.base import RouterError
+from routers.calibration import best_temperature
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,13 +70,10 @@ class CategoryClassifier:
             Platt's smoothed targets ("Probabilistic Outputs for Support Vector Machines", 1999):
             without them, held-out rows without any error would make every probability 1.
         """
-        import numpy as np
-
         if not len(labels) or len(self.categories) < 2:
             return self
-        grid = np.geomspace(0.01, 20.0, 321)
-        losses = [log_loss(logits / t, labels) for t in grid]
-        return replace(self, temperature=float(grid[int(np.argmin(losses))]))
+        temperature = best_temperature(lambda t: log_loss(logits / t, labels))
+        return replace(self, temperature=temperature)
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
