@@ -284,6 +284,7 @@ def fine_tune(
                 )
     assert best_logits is not None, "there is at least one epoch"
     classifier.load_state_dict(best)
+    classifier.zero_grad()  # gradients take as much memory as the parameters
     return best_logits, {
         "held_out_rows": len(checked),
         "held_out_loss": best_loss,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -149,8 +150,6 @@ def test_the_epoch_of_least_held_out_loss_is_kept(classifier):
 
 
 def test_artefact_needs_no_checkpoint(tiny_bert, tmp_path):
-    import shutil
-
     moved = shutil.copytree(tiny_bert, tmp_path / "checkpoint")
     router = _router(str(moved), epochs=1, layers=1).fit(example_table())
     router.save(tmp_path / "artefact")
@@ -230,6 +229,37 @@ def test_missing_package_is_named(package, tiny_bert, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RouterError, match=rf"needs the package '{package}'.*collegium\[torch\]"):
         _router(tiny_bert).fit(example_table())
+
+
+def test_deberta_is_trained_masked_and_restored(tiny_bert, tmp_path):
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    checkpoint = shutil.copytree(tiny_bert, tmp_path / "checkpoint")
+    words = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    config = DebertaV2Config(
+        vocab_size=words,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        relative_attention=True,
+        position_buckets=16,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+    )
+    torch.manual_seed(0)
+    DebertaV2Model(config).save_pretrained(checkpoint)
+    router = _router(str(checkpoint), epochs=3, layers=1).fit(example_table())
+    router.save(tmp_path / "artefact")
+    loaded = BertRouter.load(tmp_path / "artefact")
+    queries = list(QUERIES.values())
+    expected = router.predict(queries, list(QUERIES)).quality
+    assert loaded.predict(queries, list(QUERIES)).quality.tobytes() == expected.tobytes()
+    assert expected.argmax(axis=1).tolist() == [0, 1, 2]
+    texts = [loaded.classifier_.tokens(text) for text in ("court", "bake bread onion soup oven")]
+    together = loaded.classifier_(**loaded.classifier_.padded(texts))[0].tolist()
+    assert together == pytest.approx(loaded.classifier_.logits(texts[0]).tolist(), abs=1e-5)
 
 
 def test_minilm_is_found_in_its_package():
