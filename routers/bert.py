@@ -81,7 +81,7 @@ class BertRouter(FittedRouter):
         layers: int | None = None,
         max_tokens: int = 128,
         epochs: int = 3,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 2e-4,
         batch_size: int = 16,
         shrinkage: float = 10.0,
         device: str = "auto",
