@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["fit_platt", "sigmoid"]
+__all__ = ["best_temperature", "fit_platt", "sigmoid"]
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -16,6 +17,14 @@ def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.floating]:
     import numpy as np
 
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * logits)))
+
+
+def best_temperature(loss: Callable[[float], float]) -> float:
+    """The temperature of least loss on a grid, which gives the same number everywhere."""
+    import numpy as np
+
+    grid = np.geomspace(0.01, 20.0, 321)
+    return float(grid[int(np.argmin([loss(float(t)) for t in grid]))])
 
 
 def fit_platt(

