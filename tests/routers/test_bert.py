@@ -63,8 +63,8 @@ def test_predicted_quality_is_near_the_kinds_mean_scores(fitted):
 def test_category_is_named_with_calibrated_probabilities(fitted):
     [explanation] = fitted.predict([QUERIES["lawyer"]], MODELS).explanations
     assert explanation.category == "law"
-    assert explanation.confidence == max(explanation.detail.values())
-    assert sum(explanation.detail.values()) == pytest.approx(1)
+    assert explanation.confidence == max(explanation.detail["probabilities"].values())
+    assert sum(explanation.detail["probabilities"].values()) == pytest.approx(1)
     assert fitted.metrics_["held_out_accuracy"] > 0.9
     assert fitted.metrics_["held_out_ece"] < 0.1
 
@@ -72,7 +72,7 @@ def test_category_is_named_with_calibrated_probabilities(fitted):
 @pytest.mark.parametrize("fitted", ["category"], indirect=True)
 def test_quality_is_the_posterior_mean_of_the_rows(fitted):
     prediction = fitted.predict([Query("bake a contract")], MODELS)
-    posterior = np.array(list(prediction.explanations[0].detail.values()))
+    posterior = np.array(list(prediction.explanations[0].detail["probabilities"].values()))
     assert prediction.quality[0] == pytest.approx(posterior @ fitted.quality_, rel=1e-6)
 
 
