@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from routers.base import Query, RouterError
+from routers.base import Explanation, Query, RouterError
+from routers.calibration import fit_platt, sigmoid
+from routers.category_classifier import expected_calibration_error
 from routers.combined import CombinedRouter, make_member, table_of
 from routers.fitted import FittedRouter, TrainingRows
 from routers.folds import stratified_folds
@@ -19,7 +21,7 @@ __all__ = ["BlendRouter"]
 
 # Simplest first: of candidates that do equally well, the earliest is taken.
 MEMBERS = (
-    "coe soft=true fallback=false",
+    "coe",
     "kmeans",
     "uniroute",
     "ridge penalty=30",
@@ -27,6 +29,8 @@ MEMBERS = (
     "nexus",
 )
 GREEDY_ROUNDS = 20
+LEAST_QUALITY = 1e-4
+LEAST_SLOPE = 1e-2
 
 
 class BlendRouter(CombinedRouter):
@@ -38,6 +42,9 @@ class BlendRouter(CombinedRouter):
     mean score is not clearly below the best one's (by more than ``tolerance`` standard errors of
     their difference). The numbers behind the choice are in the artefact's metrics.
 
+    What is taken is then calibrated on the same held-out predictions: quality becomes the share of
+    answers that were right where so much was predicted. The order of models stays.
+
     Args:
         members: Routers, simplest first, each as ``"METHOD KEY=VALUE ..."``. Those that need
             categories are left out if the table has none.
@@ -48,10 +55,14 @@ class BlendRouter(CombinedRouter):
     References:
         Caruana et al., "Ensemble Selection from Libraries of Models" (ICML 2004) for the greedy
         mixture; Breiman et al., "Classification and Regression Trees" (1984) for the rule of one
-        standard error.
+        standard error; Platt, "Probabilistic Outputs for Support Vector Machines" (1999) for the
+        calibration.
     """
 
     method = "blend"
+    slope_: float
+    intercept_: float
+    numbers = ("slope", "intercept")
 
     def __init__(
         self,
@@ -108,7 +119,17 @@ class BlendRouter(CombinedRouter):
         everything = table_of(rows, np.arange(len(rows)))
         self.members_ = [make_member(names[number]).fit(everything) for number in used]
         self.weights_ = weights[used] / weights[used].sum()
+        mixed = np.tensordot(self.weights_, predictions[used], axes=1)
+        slope, biases = fit_platt(_logit(mixed).reshape(-1, 1), rows.scores.reshape(-1, 1))
+        # A slope of 0 would make all models alike.
+        self.slope_, self.intercept_ = max(slope, LEAST_SLOPE), float(biases[0])
+        cells = ~np.isnan(rows.scores)
+        calibrated = self._calibrated(mixed)
         self.metrics_ = {
+            "held_out_ece": expected_calibration_error(mixed[cells], rows.scores[cells]),
+            "held_out_ece_calibrated": expected_calibration_error(
+                calibrated[cells], rows.scores[cells]
+            ),
             "chosen": taken,
             "reason": f"the simplest within {self.tolerance:g} standard errors of {best!r}",
             "held_out_score": means[taken],
@@ -116,6 +137,20 @@ class BlendRouter(CombinedRouter):
             "weights": {names[number]: round(float(weights[number]), 6) for number in used},
             "skipped": skipped,
         }
+
+    def _predict_one(self, given: Any) -> tuple[NDArray[np.floating], Explanation]:
+        quality, explanation = super()._predict_one(given)
+        return self._calibrated(quality), explanation
+
+    def _calibrated(self, quality: NDArray[np.floating]) -> NDArray[np.floating]:
+        return sigmoid(self.slope_ * _logit(quality) + self.intercept_)
+
+
+def _logit(quality: NDArray[np.floating]) -> NDArray[np.float64]:
+    import numpy as np
+
+    safe = np.clip(quality.astype(np.float64), LEAST_QUALITY, 1 - LEAST_QUALITY)
+    return np.asarray(np.log(safe / (1 - safe)))
 
 
 def _held_out(text: str, rows: TrainingRows, fold_of: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from routers.outcomes import OutcomeTable, Prompts
 from routers.registry import load_router
 from routers.testing import MODELS, example_table
 
-COE, KMEANS = "coe encoder=hashing soft=true fallback=false", "kmeans encoder=hashing"
+COE, KMEANS = "coe encoder=hashing fallback=false", "kmeans encoder=hashing"
 
 
 def test_a_member_that_knows_beats_one_that_guesses():
@@ -110,3 +110,16 @@ def test_c3po_mixes_base_and_solved_neighbours():
     solved = (table.scores("train").max(axis=1) >= 0.5).sum()
     assert isinstance(neighbours, KNNRouter)
     assert len(neighbours.neighbours_) == solved
+
+
+def test_calibration_keeps_the_order_and_brings_quality_near_the_scores():
+    table = example_table(per_split=200)
+    router = BlendRouter(members=["knn encoder=hashing k=2 shrinkage=0"]).fit(table)
+    metrics = router.metrics_
+    assert metrics["held_out_ece_calibrated"] < 0.7 * metrics["held_out_ece"]
+    texts = [Query(text) for text in table.with_prompts_of("test").texts]
+    alone = router.members_[0].predict(texts, MODELS).quality
+    quality = router.predict(texts, MODELS).quality
+    assert (quality.argmax(axis=1) == alone.argmax(axis=1)).all()
+    scores = table.scores("test")
+    assert abs(quality.mean() - scores.mean()) < 0.05
