@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evals.decisions import decisions_sha256
 from evals.metrics import best_single_choice, bootstrap_mean, chosen, macro_mean, oracle_scores
 from routers.base import Query, RouterError
 from routers.baselines import category_table_choice
@@ -93,10 +94,26 @@ def run(
     """Mean scores of methods and baselines over the parts' test rows."""
     values: dict[str, list[NDArray[np.float64]]] = {}
     seconds: dict[str, float] = {}
+    hashes: dict[str, list[str]] = {}
     categories: list[str] = []
     for table in parts:
-        scores, train = table.scores("test"), table.scores("train")
         texts = table.with_prompts_of("test")
+        queries = [Query(text) for text in texts.texts]
+        choices = {}
+        for name, (method, settings) in methods.items():
+            started = time.perf_counter()
+            try:
+                router = get_router_class(method)(**settings).fit(table)
+                quality = router.predict(queries, table.models).quality
+            except RouterError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+            choices[name] = quality.argmax(axis=1).astype(np.intp)
+            digest = decisions_sha256(texts.ids, [table.models[j] for j in choices[name]])
+            hashes.setdefault(name, []).append(digest)
+        # Only now are scores of the judged rows looked at.
+        scores, train = table.scores("test"), table.scores("train")
         known = table.with_prompts_of("train").categories
         rows = {
             "random": np.nanmean(scores, axis=1),
@@ -109,17 +126,7 @@ def run(
             in_hindsight = category_table_choice(scores, texts.categories, texts.categories)
             rows["category table"] = chosen(scores, by_table)
             rows["category oracle"] = chosen(scores, in_hindsight)
-        queries = [Query(text) for text in texts.texts]
-        for name, (method, settings) in methods.items():
-            started = time.perf_counter()
-            try:
-                router = get_router_class(method)(**settings).fit(table)
-                quality = router.predict(queries, table.models).quality
-            except RouterError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                continue
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-            rows[name] = chosen(scores, quality.argmax(axis=1).astype(np.intp))
+        rows |= {name: chosen(scores, choice) for name, choice in choices.items()}
         for name, row in rows.items():
             values.setdefault(name, []).append(row)
     lines = {}
@@ -133,6 +140,8 @@ def run(
         gain = bootstrap_mean(joined - reference)
         lines[name] |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
         lines[name]["seconds"] = seconds.get(name, 0.0)
+        if name in hashes:
+            lines[name]["decisions_sha256"] = hashes[name]
     return lines
 
 
@@ -160,7 +169,8 @@ def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
         "",
         f"`{command}`: {how}; 95% intervals. Gain: against the category table on the same prompts, "
         "which is told each prompt's true category; routers are not. Seconds: training and "
-        "predicting, vectors of the prompts known.",
+        "predicting, vectors of the prompts known. All decisions were made and hashed before a score "
+        "of the judged rows was read; the JSON file beside this one has the hashes.",
     ]
     for name, found in results.items():
         lines += ["", f"## {name}", ""]
