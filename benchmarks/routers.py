@@ -169,8 +169,8 @@ def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
         "",
         f"`{command}`: {how}; 95% intervals. Gain: against the category table on the same prompts, "
         "which is told each prompt's true category; routers are not. Seconds: training and "
-        "predicting, vectors of the prompts known. All decisions were made and hashed before a score "
-        "of the judged rows was read; the JSON file beside this one has the hashes.",
+        "predicting, vectors of the prompts known. All decisions were made and hashed before a "
+        "score of the judged rows was read; the JSON file beside this one has the hashes.",
     ]
     for name, found in results.items():
         lines += ["", f"## {name}", ""]

@@ -67,8 +67,7 @@ class Policy(StrictModel):
     """0 takes the cheapest expert, 1 the best by this policy; the same number users send per
     request."""
     cost: CostUnit | None = None
-    """What costs are: ``usd``, ``active_params_b`` or ``latency_s``; none takes the first of
-    these that is known of any candidate."""
+    """What costs are; none takes the first of these that is known of any candidate."""
     max_latency_s: float | None = Field(default=None, gt=0)
     """Leave out experts whose answers typically take longer, in seconds."""
     max_energy_j: float | None = Field(default=None, gt=0)
