@@ -18,6 +18,8 @@ __all__ = ["CharacterEncoder", "HashingEncoder", "SurfaceEncoder"]
 
 # Longest runs of characters that are hashed.
 CHARACTERS = 3
+# As much as the encoders with a model read.
+READ_CHARACTERS = 1536
 # 2**64 divided by the golden ratio spreads numbers that are near each other.
 _MIX = 0x9E3779B97F4A7C15
 
@@ -80,7 +82,7 @@ class CharacterEncoder(CachedEncoder):
     def _encode_one(self, text: str) -> NDArray[np.float32]:
         import numpy as np
 
-        clean = f" {' '.join(text[:MAX_CHARACTERS].lower().split())} "
+        clean = f" {' '.join(text[:READ_CHARACTERS].lower().split())} "
         # Lone surrogates are legal in JSON strings.
         points = np.frombuffer(clean.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
         codes = []

@@ -19,7 +19,7 @@ __all__ = ["MultilingualEncoder"]
 
 MAX_TOKENS = 256
 # A token has some four letters; the tokenizer's time grows with every one it is given.
-MAX_CHARACTERS = 8 * MAX_TOKENS
+MAX_CHARACTERS = 6 * MAX_TOKENS
 VERSION = 1
 
 
