@@ -174,8 +174,17 @@ def markdown(command: str, results: dict[str, Any]) -> str:
     for name, found in results["ms"].items():
         cells = "".join(f" {median:.2f}, {high:.2f} |" for median, high in found.values())
         lines.append(f"| `{name}` |{cells}")
+    if "tables" in results:
+        lines += [
+            "",
+            "## Routing",
+            "",
+            f"{FOLDS}-fold cross-validation of the training rows: how often the category is named, "
+            "the mean score of the models chosen, and what that differs from "
+            f"`{REFERENCE}` on the same prompts (95% intervals).",
+        ]
     for table, found in results.get("tables", {}).items():
-        lines += ["", f"## {table}", ""]
+        lines += ["", f"### {table}", ""]
         lines += _scores(found)
         if any("chinese" in line[METHODS[0]] for line in found.values()):
             inside = {
@@ -183,7 +192,7 @@ def markdown(command: str, results: dict[str, Any]) -> str:
                 for name, line in found.items()
             }
             size = next(iter(inside.values()))[METHODS[0]]["n"]
-            lines += ["", f"### {table}: the {size} Chinese prompts", "", *_scores(inside)]
+            lines += ["", f"### {table}: its {size} Chinese prompts", "", *_scores(inside)]
     if "languages" in results:
         lines += ["", "## Other languages", ""]
         lines += [
@@ -226,11 +235,6 @@ def main() -> None:
     command = "python -m benchmarks.encoders " + shlex.join(sys.argv[1:])
     results: dict[str, Any] = {"ms": measure_times(arguments.encoders)}
     if arguments.data:
-        command += (
-            f": {FOLDS}-fold cross-validation of the training rows; mean score of the models "
-            f"chosen, and what it differs from `{REFERENCE}` on the same prompts, with 95% "
-            "intervals"
-        )
         results["tables"] = {}
         for name in arguments.tables:
             parts = list(folds(load(arguments.data, name), arguments.seed))
