@@ -13,9 +13,10 @@ from functools import lru_cache
 from routers.base import RouterError
 from routers.encoders.base import Encoder
 from routers.encoders.concatenated import SEPARATOR, ConcatenatedEncoder
-from routers.encoders.lexical import HashingEncoder, SurfaceEncoder
+from routers.encoders.lexical import CharacterEncoder, HashingEncoder, SurfaceEncoder
 from routers.encoders.minilm import MiniLMEncoder
 from routers.encoders.minilm_export import LAYERS
+from routers.encoders.multilingual import MultilingualEncoder
 from routers.encoders.sentence_transformer import (
     SENTENCE_TRANSFORMER_PREFIX,
     SentenceTransformerEncoder,
@@ -24,10 +25,12 @@ from routers.encoders.static import StaticEncoder
 
 __all__ = [
     "DEFAULT_ENCODER",
+    "CharacterEncoder",
     "ConcatenatedEncoder",
     "Encoder",
     "HashingEncoder",
     "MiniLMEncoder",
+    "MultilingualEncoder",
     "SentenceTransformerEncoder",
     "StaticEncoder",
     "SurfaceEncoder",
@@ -44,8 +47,8 @@ def get_encoder(name: str = DEFAULT_ENCODER) -> Encoder:
 
     Args:
         name: ``minilm-int8``, ``minilm-fp32``, with fewer layers ``minilm-l1-int8`` and so on,
-            ``static``, ``hashing``, ``surface``, ``sentence-transformers:NAME_OR_PATH``, or several
-            of them with ``+`` between.
+            ``multilingual``, ``static``, ``characters``, ``hashing``, ``surface``,
+            ``sentence-transformers:NAME_OR_PATH``, or several of them with ``+`` between.
 
     Raises:
         RouterError: Nothing is known under that name.
@@ -62,6 +65,10 @@ def _encoder(name: str) -> Encoder:
             int(layers) if layers else LAYERS,
             on_disk=True,
         )
+    if name == "multilingual":
+        return MultilingualEncoder(on_disk=True)
+    if name == "characters":
+        return CharacterEncoder()
     if name == "hashing":
         return HashingEncoder()
     if name == "surface":
@@ -80,7 +87,7 @@ def _encoder(name: str) -> Encoder:
         )
     raise RouterError(
         f"unknown encoder {name!r}; known: 'minilm-int8', 'minilm-fp32', "
-        f"'minilm-l1-int8' (one layer) to 'minilm-l{LAYERS - 1}-int8', 'static', 'hashing', "
-        "'surface', "
+        f"'minilm-l1-int8' (one layer) to 'minilm-l{LAYERS - 1}-int8', 'multilingual', 'static', "
+        "'characters', 'hashing', 'surface', "
         f"'{SENTENCE_TRANSFORMER_PREFIX}NAME_OR_PATH', or several with '+' between them"
     )

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["HashingEncoder", "SurfaceEncoder"]
+__all__ = ["CharacterEncoder", "HashingEncoder", "SurfaceEncoder"]
+
+# Longest runs of characters that are hashed.
+CHARACTERS = 3
+# As much as the encoders with a model read.
+READ_CHARACTERS = 1536
+# 2**64 divided by the golden ratio spreads numbers that are near each other.
+_MIX = 0x9E3779B97F4A7C15
 
 
 class HashingEncoder(CachedEncoder):
@@ -48,6 +55,51 @@ class HashingEncoder(CachedEncoder):
             code = zlib.crc32(feature.encode("utf-8", "replace"))
             vector[code % self.width] += 1.0 if code >> 31 else -1.0
         return unit(vector)
+
+
+class CharacterEncoder(CachedEncoder):
+    """Hashed runs of one to three characters, no model at all: for languages without spaces.
+
+    About 0.1 ms for a short query. Knows spelling, not meaning, in any script; a word's endings
+    and misspellings change little.
+    """
+
+    @property
+    def name(self) -> str:
+        """``characters``."""
+        return "characters"
+
+    @property
+    def revision(self) -> str:
+        """Changes with the way features are hashed."""
+        return "1"
+
+    @property
+    def width(self) -> int:
+        """1024."""
+        return 1024
+
+    def _encode_one(self, text: str) -> NDArray[np.float32]:
+        import numpy as np
+
+        clean = f" {' '.join(text[:READ_CHARACTERS].lower().split())} "
+        # Lone surrogates are legal in JSON strings.
+        points = np.frombuffer(clean.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+        codes = []
+        for length in range(1, min(CHARACTERS, len(points)) + 1):
+            code = np.full(len(points) - length + 1, length, np.uint64)
+            for place in range(length):
+                code = (code + points[place : place + len(code)]) * np.uint64(_MIX)
+                code ^= code >> np.uint64(29)
+            codes.append(code)
+        code = np.concatenate(codes)
+        counts = np.bincount(
+            (code % np.uint64(self.width)).astype(np.intp),
+            np.where(code >> np.uint64(63), 1.0, -1.0),
+            self.width,
+        )
+        # What is said ten times is not ten times as telling.
+        return unit((np.sign(counts) * np.sqrt(np.abs(counts))).astype(np.float32))
 
 
 class SurfaceEncoder(CachedEncoder):

