@@ -33,9 +33,9 @@ __all__ = ["CoERouter"]
 
 FOLDS = 5
 # More rows would only make cross-validation slower: a temperature and a threshold need no more.
-CALIBRATION_ROWS = 20_000
+CALIBRATION_ROWS = 10_000
 # The kernel of n-grams has one row and one column for each of them.
-NGRAM_ROWS = 6_000
+NGRAM_ROWS = 5_000
 # Coarse, so that the threshold does not follow single validation prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
 # Small enough to say nothing else, large enough to survive single precision.

@@ -86,7 +86,7 @@ def fit_ngrams(
     n_texts x n_texts gives the weights and the exact leave-one-out scores.
 
     Args:
-        texts: Training texts; 6,000 need 0.3 GiB and seconds.
+        texts: Training texts; 5,000 need 0.6 GiB and seconds.
         labels: Position of each text's category, shape (n_texts,).
         n_categories: How many there are.
 
