@@ -5,8 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
-# The order of additions, so each bit, is the same on any number of cores and on newer CPUs.
-export OPENBLAS_NUM_THREADS=1 OPENBLAS_CORETYPE=Haswell
+source scripts/same_bits.sh
 
 collegium train coe \
   --table evals/data/embedded_table \
