@@ -17,7 +17,7 @@ from orchestrator.policies import (
     order_by_utility,
 )
 from orchestrator.pool import CHARACTERS_PER_TOKEN
-from routers.base import Measured, Query, Router, RouterError
+from routers.base import Explanation, Measured, Query, Router, RouterError
 from routers.outcomes import OutcomeTable, Prompts
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Decisions:
         sweep: The choices at other values of the knob, for the cost-quality curve.
         asked: Positions of all models that shall answer, the chosen one first, for each prompt;
             none if the policy never wants more than one.
+        explanations: What the router says of each prompt.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Decisions:
     microseconds: float = float("nan")
     sweep: dict[float, NDArray[np.intp]] = field(default_factory=dict)
     asked: list[list[int]] | None = None
+    explanations: Sequence[Explanation] = ()
 
     @property
     def models(self) -> list[str]:
@@ -161,6 +163,7 @@ def decide(
         microseconds=_microseconds(router, prompts.texts, candidates),
         sweep={at: chosen(at) for at in KNOBS},
         asked=_asked(policy, names, quality, costs[:, allowed], knob, allowed),
+        explanations=prediction.explanations,
     )
 
 

@@ -50,6 +50,11 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--quality", type=FILE, help="Write predictions: parquet prompt_id, model, quality.")
 @click.option("--decisions", type=FILE, help="Write decisions: parquet prompt_id, model.")
 @click.option("--html", "html_file", type=FILE, help="Write the report as one HTML page.")
+@click.option(
+    "--card",
+    type=FILE,
+    help="Write the router's card as Markdown: data, with the table's README.md, method, metrics.",
+)
 def evaluate_command(
     artefacts: tuple[str, ...],
     table_path: Path,
@@ -62,20 +67,23 @@ def evaluate_command(
     quality: Path | None,
     decisions: Path | None,
     html_file: Path | None,
+    card: Path | None,
 ) -> None:
     """Judge routers on an outcome table, next to baselines and bounds.
 
     Decisions are made from prompts alone, frozen and hashed before a score of the split is read.
     With --quality and --decisions the table needs no outcomes.
     """
+    from evals.card import as_card
     from evals.decisions import decide, shared_pool
     from evals.evaluate import judge
     from evals.html_report import as_html
     from evals.report import as_json, as_text, write_decisions, write_quality
+    from routers.artefact import read_manifest
     from routers.outcomes import OutcomeTable
 
-    if len(artefacts) > 1 and (quality or decisions):
-        raise click.UsageError("--quality and --decisions take one ARTEFACT at a time")
+    if len(artefacts) > 1 and (quality or decisions or card):
+        raise click.UsageError("--quality, --decisions and --card take one ARTEFACT at a time")
     try:
         table = OutcomeTable.load(table_path)
         routers = _load_all(artefacts)
@@ -115,6 +123,11 @@ def evaluate_command(
     report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)
     if html_file:
         html_file.write_text(as_html(evaluation), encoding="utf-8")
+    if card:
+        readme = table_path / "README.md"
+        about = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+        manifest = read_manifest(artefacts[0])
+        card.write_text(as_card(manifest, made[0], evaluation, about), encoding="utf-8")
     if json_file and str(json_file) == "-":
         click.echo(report)
         return

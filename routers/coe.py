@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from experts.errors import ExpertConfigError
+from experts.paths import PACKAGE_PREFIX, resolve_path
 from routers.assignment import assign
 from routers.base import Explanation, Query, RouterError
 from routers.category_classifier import (
@@ -38,6 +41,8 @@ CALIBRATION_ROWS = 10_000
 NGRAM_ROWS = 5_000
 # Coarse, so that the threshold does not follow single validation prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
+# The shipped domain classifier; scripts/train_domain_classifier.sh makes it.
+DOMAINS = "package:routers/embedded/domains"
 # Small enough to say nothing else, large enough to survive single precision.
 BELOW_PICK = 1e-4
 
@@ -98,9 +103,11 @@ class CoERouter(VectorRouter):
         fallback: Whether unsure or far queries get the general row.
         familiar_share: Share of held-out prompts that count as familiar; 1 turns that rule off.
         coverage: How often the ``likely`` categories shall hold the true one.
-        categories: Where categories come from: ``table`` (the column ``category``), ``clusters``
-            (groups of similar training prompts), or the path of a CSV file with the columns
-            ``text`` and ``category``, whose examples then name the prompts' categories.
+        categories: Where categories come from: ``table`` (the column ``category``), ``domains``
+            (what the shipped domain classifier names each prompt), ``clusters`` (groups of similar
+            training prompts), the path of a CSV file with the columns ``text`` and ``category``,
+            whose examples then name the prompts' categories, or a fitted ``coe`` that does: an
+            artefact's folder, or ``package:NAME/PATH`` for one inside an installed package.
         n_clusters: How many clusters.
         general_category: Name of the category to fall back to.
         general_texts: A JSON-lines file of objects with ``text``: further texts of that category
@@ -231,12 +238,16 @@ class CoERouter(VectorRouter):
             if rows.categories is None:
                 raise RouterError(
                     "the method 'coe' needs a column 'category' in prompts.parquet; add it, name a "
-                    "CSV file of examples with categories=FILE, or set categories=clusters"
+                    "CSV file of examples with categories=FILE, or set categories=domains or "
+                    "categories=clusters"
                 )
             return rows.categories, [], []
         if self.categories == "clusters":
             _, labels = cluster(rows.vectors, self.n_clusters, self.random_state)
             return [f"cluster {label}" for label in labels], [], []
+        reference = DOMAINS if self.categories == "domains" else self.categories
+        if reference.startswith(PACKAGE_PREFIX) or Path(reference).is_dir():
+            return _named_by(reference, rows.texts), [], []
         import numpy as np
 
         texts, names = read_labelled_texts(self.categories)
@@ -438,6 +449,16 @@ class CoERouter(VectorRouter):
                 "familiarity": familiarity,
             },
         )
+
+
+def _named_by(reference: str, texts: Sequence[str]) -> list[str]:
+    """The category that a fitted router of this method names for each text."""
+    try:
+        namer = CoERouter.load(resolve_path(reference))
+    except ExpertConfigError as exc:
+        raise RouterError(f"categories: {exc}") from exc
+    found = namer.predict([Query(text) for text in texts], namer.models).explanations
+    return [str(explanation.category) for explanation in found]
 
 
 def _sample(n_rows: int, at_most: int, rng: np.random.Generator) -> NDArray[np.intp]:

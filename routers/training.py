@@ -80,7 +80,8 @@ def read_labelled_texts(path: str) -> tuple[list[str], list[str]]:
             rows = [(reader.line_num, row["text"], row["category"]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise RouterError(
-            f"categories: cannot read {path}: {exc}; give 'table', 'clusters' or a CSV file"
+            f"categories: cannot read {path}: {exc}; give 'table', 'domains', 'clusters', a "
+            "CSV file or an artefact's folder"
         ) from exc
     for line, text, category in rows:
         if not text or not category:

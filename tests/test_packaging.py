@@ -13,9 +13,13 @@ PACKAGES = ["orchestrator", "routers", "experts", "deployments", "evals"]
 DATA = [
     ("orchestrator", "*.yaml"),
     ("deployments", "configs/*.yaml"),
+    ("evals", "data/*/prompts.parquet"),
+    ("evals", "data/domains/LICENSE-*"),
     ("evals", "tasks/data/*.jsonl"),
     ("experts", "embedded/**/*.safetensors"),
-    ("routers", "embedded/**/*.safetensors"),
+    ("routers", "embedded/coe/*.safetensors"),
+    ("routers", "embedded/domains/*.safetensors"),
+    ("routers", "embedded/*/README.md"),
     *((package, "py.typed") for package in PACKAGES),
 ]
 

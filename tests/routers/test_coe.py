@@ -345,13 +345,46 @@ def test_categories_may_come_from_examples_in_a_csv_file(tmp_path):
     assert _best(router, "garlic soup oven simmer") == "cook"
 
 
+def test_categories_may_come_from_another_artefact(tmp_path):
+    _fitted().save(tmp_path / "namer")
+    router = CoERouter(encoder="hashing", categories=str(tmp_path / "namer"))
+    router.fit(_without_categories())
+    assert router.categories_ == ["cooking", "general", "law"]
+    assert _best(router, "tenant appeal court judge clause") == "lawyer"
+    assert _best(router, "garlic soup oven simmer") == "cook"
+
+
+def test_categories_may_come_from_the_shipped_domain_classifier():
+    texts = [f"What is {n} plus {n + 9}?" for n in range(12)]
+    texts += [f"remind me to call mum at {n} tomorrow" for n in range(12)]
+    scores = np.repeat([[1.0, 0.0], [0.0, 1.0]], 12, axis=0)
+    prompts = Prompts([str(n) for n in range(24)], texts)
+    table = OutcomeTable(prompts, models=["solver", "butler"], numbers={"score": scores})
+    router = CoERouter(encoder="hashing", categories="domains").fit(table)
+    assert router.categories_ == ["assistant", "mathematics"]
+    found = router.predict([Query("What is 3 plus 12?")], ["solver", "butler"]).quality[0]
+    assert found[0] > found[1]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("package:routers/nowhere", "categories: .* has no 'nowhere'"),
+        ("package:routers/encoders", "no artefact at .*encoders"),
+    ],
+)
+def test_missing_classifier_is_refused(reference, message):
+    with pytest.raises(RouterError, match=message):
+        CoERouter(encoder="hashing", categories=reference).fit(_without_categories())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("a,b\n1,2", "needs the columns 'text' and 'category' in its first line; it has 'a', 'b'"),
         ("text,category\n", "has no rows"),
         ("text,category\nhello,x\n,y", "line 3: text or category is empty"),
-        (None, "give 'table', 'clusters' or a CSV file"),
+        (None, "give 'table', 'domains', 'clusters', a CSV file or an artefact's folder"),
     ],
 )
 def test_bad_examples_are_refused(tmp_path, content, message):
