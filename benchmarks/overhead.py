@@ -96,7 +96,7 @@ def collegium_config(upstream_port: int, port: int, dashboard_port: int) -> Coll
     return parse_config(
         {
             "experts": entries,
-            "routers": {"coe": {"type": "artefact", "path": "package:routers/embedded/coe"}},
+            "routers": {"coe": {"type": "artefact", "path": "package:routers/embedded/auto"}},
             "routes": {"auto": {"router": "coe", "experts": list(EXPERTS)}},
             "server": {"port": port},
             "ray": {"dashboard_port": dashboard_port},
@@ -243,7 +243,7 @@ def embedding_ms(count: int = 200) -> float:
     from routers.base import Query
     from routers.registry import load_router
 
-    router = load_router(ROOT / "routers" / "embedded" / "coe")
+    router = load_router(ROOT / "routers" / "embedded" / "auto")
     times = []
     for text in prompts(count):
         started = time.perf_counter()

@@ -39,7 +39,7 @@ CONFIG = {
         },
     ],
     "routers": {
-        "coe": {"type": "artefact", "path": "package:routers/embedded/coe"},
+        "coe": {"type": "artefact", "path": "package:routers/embedded/auto"},
         "fixed": {"type": "static", "quality": {"broken": 0.9, "general": 0.5, "maths": 0.4}},
     },
     "routes": {

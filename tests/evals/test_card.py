@@ -22,7 +22,7 @@ from routers.registry import load_router
 from routers.testing import example_table
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ["coe", "domains"]
+SHIPPED = ["auto", "domains"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_domain_table_gives_a_domain_its_own_prompts():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "script"),
-    [("coe", "train_embedded_router.sh"), ("domains", "train_domain_classifier.sh")],
+    [("auto", "train_embedded_router.sh"), ("domains", "train_domain_classifier.sh")],
 )
 def test_one_command_makes_the_shipped_artefact_again(tmp_path, name, script):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")

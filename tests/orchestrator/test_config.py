@@ -136,7 +136,7 @@ def test_relative_artefact_paths_start_at_the_config_file(tmp_path):
     assert router.path == str(tmp_path.resolve() / "routers/knn")
 
 
-@pytest.mark.parametrize("path", ["package:routers/embedded/coe", "/opt/coe"])
+@pytest.mark.parametrize("path", ["package:routers/embedded/auto", "/opt/coe"])
 def test_other_artefact_paths_stay(tmp_path, path):
     content = changed("routers.coe", {"type": "artefact", "path": path})
     router = load_config(write(tmp_path, content)).routers["coe"]
