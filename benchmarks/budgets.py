@@ -260,7 +260,11 @@ def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
             f"{with_interval(point['score'])} |"
             for point in results["curves"][name]
         ]
-        lines += ["", "Every single model, and the best point that uses no more than it:", ""]
+        lines += [
+            "",
+            "Every single model, and the best point, in hindsight, of no more parameters:",
+            "",
+        ]
         lines += ["| model | active | mean score | the point's | difference | as good |"]
         lines += ["|---|--:|--:|--:|--:|---|"]
         for model, line in results["models"][name].items():

@@ -350,7 +350,7 @@ def markdown(command: str, results: dict[str, Any], split: str | None, folder: s
         "best single model, at the points themselves. Cost at equal quality: where the hull has "
         "the best single model's score, as a share of its cost. Above, at equal cost: the least "
         "and the greatest difference in points at the other curve's own points, and at how many of "
-        "them the whole interval lies below it.",
+        "them the whole interval lies below it. Mixtures are chosen on the judged rows themselves.",
     ]
     for name, found in results.items():
         kind, first, best = TABLES[name], found["reference"], found["best_single"]
@@ -414,10 +414,19 @@ def points(found: dict[str, float]) -> str:
 
 
 def picture(name: str, found: dict[str, Any]) -> str:
-    """All curves and single models as an SVG."""
+    """All curves and the single models near them as an SVG."""
     kind = TABLES[name]
-    curves, models = found["curves"], found["models"]
-    known = [*models.values(), *(point for line in curves.values() for point in line["points"])]
+    curves = found["curves"]
+    on_curves = [point for line in curves.values() for point in line["points"]]
+    # Models far off would leave the curves no room.
+    worst = min(point["score"] for point in on_curves)
+    dearest = 1.2 * max(point["cost"] for point in on_curves)
+    models = {
+        label: model
+        for label, model in found["models"].items()
+        if model["score"] >= worst and model["cost"] <= dearest
+    }
+    known = [*models.values(), *on_curves]
     plot = Plot(
         name,
         f"mean cost, {kind.shown}",
