@@ -15,7 +15,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +66,17 @@ def load(data: Path, name: str) -> OutcomeTable:
 
 def part(table: OutcomeTable, learn: NDArray[np.intp], judge: NDArray[np.intp]) -> OutcomeTable:
     """Some rows as the split ``train``, others as ``test``."""
-    prompts = table.prompts.take([*learn, *judge])
-    splits = ["train"] * len(learn) + ["test"] * len(judge)
-    scores = table.scores("all")[[*learn, *judge]]
-    return OutcomeTable(
-        replace(prompts, splits=splits),
-        models=table.models,
-        numbers={"score": scores},
-        cards=table.cards,
-    )
+    return table.resplit({"train": learn, "test": judge})
 
 
-def folds(table: OutcomeTable, seed: int) -> Iterator[OutcomeTable]:
+def folds(table: OutcomeTable, seed: int, n_folds: int = FOLDS) -> Iterator[OutcomeTable]:
     """Parts for cross-validation of the training rows, stratified by category."""
     from sklearn.model_selection import StratifiedKFold
 
     rows = table.rows("train")
     labels = [table.prompts.categories[row] if table.prompts.categories else "" for row in rows]
-    for learn, judge in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(rows, labels):
+    made = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    for learn, judge in made.split(rows, labels):
         yield part(table, rows[learn], rows[judge])
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Calibrated", "calibrate"]
+__all__ = ["Calibrated", "calibrate", "find_price"]
 
 STEPS = 60
 ROUNDING = 1e-9
@@ -81,7 +81,7 @@ def calibrate(
     quality = router.predict([Query(text) for text in texts], names).quality
     costs = expected_of(router, policy, table, texts, names)
     if isinstance(policy, BudgetPolicy):
-        number: dict[str, float] = {"price": _price(policy, names, quality, costs)}
+        number: dict[str, float] = {"price": find_price(policy, names, quality, costs)}
     elif isinstance(policy, ThresholdPolicy):
         strong, weak = names.index(policy.strong), names.index(policy.weak)
         gap = quality[:, strong].astype("float64") - quality[:, weak].astype("float64")
@@ -112,13 +112,23 @@ def _measured(
     )
 
 
-def _price(
+def find_price(
     policy: BudgetPolicy,
     names: Sequence[str],
     quality: NDArray[np.float32],
     costs: NDArray[np.float64],
 ) -> float:
-    """The least price whose decisions keep to the bound; mean cost falls as the price rises."""
+    """The least price whose decisions keep to the bound; mean cost falls as the price rises.
+
+    Args:
+        policy: With its ``max_mean_cost``.
+        names: Of the candidates.
+        quality: Predicted, shape (n_prompts, n_candidates).
+        costs: Expected, in the policy's unit, same shape.
+
+    Raises:
+        RouterError: The bound is missing, or cannot be kept.
+    """
     import numpy as np
 
     bound = policy.max_mean_cost

@@ -11,6 +11,8 @@ __all__ = ["Plot"]
 WIDTH, HEIGHT = 520, 360
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 44
 TICKS = 5
+# Space for the title of a plot that is a file of its own.
+TITLE = 24
 
 
 class Plot:
@@ -94,6 +96,21 @@ class Plot:
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
             f'aria-label="{html.escape(self._title)}" font-size="12">{"".join(self._parts)}</svg>'
             f'<figcaption class="small">{keys}</figcaption></figure>'
+        )
+
+    def document(self, legend: Sequence[tuple[str, str]]) -> str:
+        """The plot on white with its title and legend, as a file of its own."""
+        rows = [
+            f'<g fill="{colour}">{_text(LEFT, HEIGHT + 16 * number, f"■ {name}", "start")}</g>'
+            for number, (name, colour) in enumerate(legend, start=1)
+        ]
+        height = HEIGHT + TITLE + 16 * len(legend) + 8
+        title = _text(WIDTH / 2, -8, self._title, "middle")
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-TITLE} {WIDTH} {height}" '
+            f'width="{WIDTH}" height="{height}" font-size="12" font-family="sans-serif">'
+            f'<rect y="{-TITLE}" width="{WIDTH}" height="{height}" fill="white"/>'
+            f"{title}{''.join(self._parts)}{''.join(rows)}</svg>\n"
         )
 
 

@@ -26,7 +26,7 @@ def assign(
 
     Args:
         quality: Mean score of each expert in each category, shape (n_categories, n_experts).
-        weights: Share of each category, shape (n_categories,).
+        weights: How often each category occurs, in any unit, shape (n_categories,).
         total_params_b: Parameters of each expert in billions, shape (n_experts,).
         max_total_params_b: What all experts that are kept may have together.
         active_params_b: Parameters that an answer uses, in billions, shape (n_experts,).
@@ -45,6 +45,8 @@ def assign(
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
+    # Shares that sum to more than 1 would exclude the smallest expert from a budget of its size.
+    weights = weights / weights.sum()
     n_categories, n_experts = quality.shape
     cells = n_categories * n_experts
     # Variables: z[k, e] (category k goes to expert e) row by row, then y[e] (expert e is kept).

@@ -305,6 +305,24 @@ class OutcomeTable:
         cards = {name: card for name, card in self.cards.items() if name in models}
         return OutcomeTable(replace(self.prompts), models=models, numbers=numbers, cards=cards)
 
+    def resplit(self, parts: Mapping[str, NDArray[np.intp]]) -> OutcomeTable:
+        """Some rows, with new splits.
+
+        Args:
+            parts: Positions of each split's rows.
+        """
+        import numpy as np
+
+        rows = np.concatenate(list(parts.values()))
+        splits = [split for split, found in parts.items() for _ in found]
+        outcomes = self._read()
+        return OutcomeTable(
+            replace(self.prompts.take(rows), splits=splits),
+            models=outcomes.models,
+            numbers={name: cells[rows] for name, cells in outcomes.numbers.items()},
+            cards=self.cards,
+        )
+
 
 def _names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))

@@ -15,6 +15,7 @@ from evals.metrics.choices import (
 from evals.metrics.cost_curve import (
     Point,
     aiq,
+    convex_hull,
     cost_save,
     pareto_distance,
     pareto_frontier,
@@ -36,6 +37,7 @@ __all__ = [
     "bootstrap_mean",
     "calibration_error",
     "chosen",
+    "convex_hull",
     "cost_save",
     "cpt",
     "gap_closed",

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["Point", "aiq", "cost_save", "pareto_distance", "pareto_frontier", "perf_gain"]
+__all__ = [
+    "Point",
+    "aiq",
+    "convex_hull",
+    "cost_save",
+    "pareto_distance",
+    "pareto_frontier",
+    "perf_gain",
+]
 
 
 class Point(NamedTuple):
@@ -57,6 +65,22 @@ def cost_save(points: Sequence[Point], best_single: Point) -> float:
     return 1 - min(enough) / best_single.cost
 
 
+def convex_hull(points: Sequence[Point]) -> list[Point]:
+    """What mixing points at random can reach: corners of the rising concave curve above them all.
+
+    Examples:
+        >>> hull = convex_hull([Point(0.0, 0.0), Point(1.0, 0.2), Point(2.0, 1.0), Point(3.0, 0.5)])
+        >>> [tuple(corner) for corner in hull]
+        [(0.0, 0.0), (2.0, 1.0)]
+    """
+    hull: list[Point] = []
+    for point in pareto_frontier(points):
+        while len(hull) >= 2 and _slope(hull[-1], point) >= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
 def aiq(points: Sequence[Point]) -> float:
     """Average improvement in quality: mean height of the non-decreasing convex hull over its costs.
 
@@ -69,13 +93,8 @@ def aiq(points: Sequence[Point]) -> float:
         >>> aiq([Point(0.0, 0.0), Point(1.0, 1.0), Point(2.0, 0.0)])
         0.75
     """
-    last = max(point.cost for point in points)
-    hull: list[Point] = []
-    for point in pareto_frontier(points):
-        while len(hull) >= 2 and _slope(hull[-1], point) >= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    first = min(point.cost for point in points)
+    hull = convex_hull(points)
+    first, last = min(p.cost for p in points), max(p.cost for p in points)
     if last <= first:
         return float("nan")
     # Whoever has the best score at less cost can always pay more for nothing.

@@ -75,3 +75,12 @@ def test_ticks_are_round_and_span_the_values(low, high):
     assert ticks[-1] >= high - 1e-9
     assert 2 <= len(ticks) <= 9
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+def test_a_plot_can_be_a_file_of_its_own():
+    plot = Plot("Cost & quality", "x", "y", [0.0, 2.0], [0.0, 1.0])
+    plot.line([(0.0, 0.0), (2.0, 1.0)], "#000000", ["a", "b"])
+    page = ElementTree.fromstring(plot.document([("knn < coe", "#000000")]))
+    said = [node.text for node in page.iter("{http://www.w3.org/2000/svg}text")]
+    assert "Cost & quality" in said
+    assert "■ knn < coe" in said

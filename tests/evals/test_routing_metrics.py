@@ -14,6 +14,7 @@ from evals.metrics import (
     auroc,
     bootstrap_mean,
     calibration_error,
+    convex_hull,
     cost_save,
     cpt,
     macro_mean,
@@ -141,3 +142,9 @@ def test_distance_to_the_frontier_of_all():
     offset = np.array([1 / 3, -1 / 4])
     away = abs(offset[0] * direction[1] - offset[1] * direction[0]) / np.hypot(*direction)
     assert pareto_distance([POINTS[2]], POINTS) == pytest.approx(away)
+
+
+def test_the_hull_keeps_what_no_mixture_beats():
+    # (2, 0.5) lies below the line from (1, 0.4) to (4, 0.8), and (5, 0.7) costs more for less.
+    corners = [Point(1.0, 0.4), Point(4.0, 0.8)]
+    assert convex_hull([Point(2.0, 0.5), Point(5.0, 0.7), *corners]) == corners

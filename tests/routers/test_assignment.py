@@ -57,3 +57,13 @@ def test_impossible_budgets_are_refused_with_the_least_possible():
             total_params_b=np.array([7.0, 13.0]),
             max_total_params_b=3.0,
         )
+
+
+def test_a_budget_of_the_smallest_experts_size_can_be_kept_to():
+    found = assign(
+        np.array([[0.5, 0.9], [0.5, 0.9]]),
+        np.array([1.0, 1e-6]),
+        active_params_b=np.array([3.8, 7.0]),
+        max_active_params_b=3.8,
+    )
+    assert found.tolist() == [0, 0]

@@ -209,3 +209,13 @@ def test_two_hundred_thousand_rows_load_fast(tmp_path):
     loaded = OutcomeTable.load(tmp_path).scores("all")
     assert time.perf_counter() - started < 5
     assert np.array_equal(loaded, scores)
+
+
+def test_rows_get_new_splits_and_keep_all_their_numbers(folder):
+    table = OutcomeTable.load(folder)
+    made = table.resplit({"train": np.array([2, 1]), "test": np.array([0])})
+    assert made.prompts.ids == ["c", "b", "a"]
+    assert made.prompts.splits == ["train", "train", "test"]
+    assert np.array_equal(made.scores("train"), table.scores("all")[[2, 1]], equal_nan=True)
+    assert np.array_equal(made.costs_usd("test"), table.costs_usd("all")[[0]], equal_nan=True)
+    assert made.cards == table.cards
