@@ -5,7 +5,7 @@
 
 For each bound on the mean number of active parameters ``coe`` plans its table of experts, and
 decides on rows it has not seen; wrong categories make what is reached differ from the plan. The
-other curve is ``coe soft=true fallback=false`` with the policy ``budget``, whose price is found on
+other curve is ``coe`` with the policy ``budget``, whose price is found on
 the training rows. Cross-validation sees only the rows of the split ``train``.
 
 The plans' optima are checked against every possible assignment, where there are few enough.
@@ -45,7 +45,7 @@ CASES = 200
 
 CURVES = {
     "plan": "`coe max_active_params_b=...`",
-    "price": "`coe soft=true fallback=false`, policy `budget`",
+    "price": "`coe`, policy `budget`",
 }
 
 
@@ -76,7 +76,7 @@ def decided(
     for table in parts:
         learnt, judged = table.with_prompts_of("train"), table.with_prompts_of("test")
         queries = [Query(text) for text in judged.texts]
-        soft = CoERouter(soft=True, fallback=False).fit(table)
+        soft = CoERouter().fit(table)
         known = soft.predict([Query(text) for text in learnt.texts], table.models).quality
         quality = soft.predict(queries, table.models).quality
         router = OneClassifier()

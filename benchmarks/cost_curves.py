@@ -54,7 +54,7 @@ from routers.registry import get_router_class
 from routers.training import shrunken_means
 
 FOLDS = 3
-METHODS = ("blend", "coe soft=true fallback=false", "kmeans", "knn", "ridge", "uniroute")
+METHODS = ("blend", "coe", "kmeans", "knn", "ridge", "uniroute")
 # Of the models with measured costs, besides those on the frontier.
 BEST_MODELS = 8
 MIXTURE_STEPS = 20
@@ -75,16 +75,18 @@ class Costs:
         unit: What policies weigh.
         shown: The unit in pages.
         scale: What costs are multiplied by to have the shown unit.
+        named: Whether pages may name its models; without a licence, they get numbers.
     """
 
     folder: str
     unit: CostUnit
     shown: str
     scale: float = 1.0
+    named: bool = False
 
 
 TABLES = {
-    "nine_mixed": Costs("nine_mixed", "usd", "USD per 1,000 prompts", 1e3),
+    "nine_mixed": Costs("nine_mixed", "usd", "USD per 1,000 prompts", 1e3, named=True),
     "bfcl latency": Costs("bfcl", "latency_s", "seconds per prompt"),
     "bfcl tokens": Costs("bfcl", "usd", "tokens per prompt", 1e6),
 }
@@ -465,7 +467,12 @@ def main() -> None:
         else:
             parts = list(folds(table, arguments.seed, FOLDS))
         curves, single, made = curves_of(parts, TABLES[name], arguments.methods)
-        results[name] = compared(curves, single, arguments.seed) | {"chosen": made}
+        found = compared(curves, single, arguments.seed)
+        if not TABLES[name].named:
+            by_cost = sorted(found["models"].values(), key=lambda model: model["cost"])
+            found["models"] = {f"model {n}": model for n, model in enumerate(by_cost, start=1)}
+            del made["best single"]
+        results[name] = found | {"chosen": made}
     command = "python -m benchmarks.cost_curves " + shlex.join(sys.argv[1:])
     stem = arguments.out.stem if arguments.out else "cost_curves"
     page = markdown(command, results, arguments.split, stem)

@@ -49,7 +49,8 @@ class BlendRouter(CombinedRouter):
         members: Routers, simplest first, each as ``"METHOD KEY=VALUE ..."``. Those that need
             categories are left out if the table has none.
         folds: Number of folds.
-        tolerance: Standard errors within which candidates count as equally good.
+        tolerance: Standard errors within which candidates count as equally good. More than one,
+            because the best of ten candidates owes some of its lead to luck.
         random_state: Seed of the folds.
 
     References:
@@ -69,7 +70,7 @@ class BlendRouter(CombinedRouter):
         *,
         members: Sequence[str] = MEMBERS,
         folds: int = 5,
-        tolerance: float = 1.0,
+        tolerance: float = 2.0,
         random_state: int = 0,
     ) -> None:
         self.members = list(members) if isinstance(members, list | tuple) else members

@@ -100,7 +100,8 @@ class CoERouter(VectorRouter):
         soft: Whether to mix the rows of all categories by their probabilities or to take one; none
             mixes unless there is a budget.
         ngrams: Whether n-grams help to name the category.
-        fallback: Whether unsure or far queries get the general row.
+        fallback: Whether unsure or far queries get the general row; never under a budget, which
+            reckons with the categories' picks.
         familiar_share: Share of held-out prompts that count as familiar; 1 turns that rule off.
         coverage: How often the ``likely`` categories shall hold the true one.
         categories: Where categories come from: ``table`` (the column ``category``), ``domains``
@@ -205,6 +206,10 @@ class CoERouter(VectorRouter):
     @property
     def _mixes(self) -> bool:
         return not self._has_budget() if self.soft is None else self.soft
+
+    @property
+    def _falls_back(self) -> bool:
+        return self.fallback and not self._has_budget()
 
     def _learn(self, rows: TrainingRows) -> None:
         """Learn from one split; calibrate on the split ``validation``, else by cross-validation."""
@@ -383,7 +388,7 @@ class CoERouter(VectorRouter):
             rows = np.array([self._row(p, bool(u)) for p, u in zip(posterior, unsure, strict=True)])
             return np.asarray(scores[np.arange(len(rows)), rows.argmax(axis=1)])
 
-        sweep = {t: got((confidence < t) | far) for t in THRESHOLDS} if self.fallback else {}
+        sweep = {t: got((confidence < t) | far) for t in THRESHOLDS} if self._falls_back else {}
         means = {t: _mean(values) for t, values in sweep.items()}
         best = max(means.values(), default=0.0)
         equal = [t for t, mean in means.items() if mean >= best - 1e-12]
@@ -394,7 +399,7 @@ class CoERouter(VectorRouter):
         correct = category[known] == held_out.labels[known]
         likely = self.classifier_.likely(posterior[known])
         covered = likely[np.arange(len(likely)), held_out.labels[known]]
-        unsure = ((confidence < threshold) | far) & self.fallback
+        unsure = ((confidence < threshold) | far) & self._falls_back
         return threshold, {
             "held_out_rows": len(posterior),
             "held_out_accuracy": _mean(correct.astype(float)) if len(correct) else None,
@@ -433,7 +438,7 @@ class CoERouter(VectorRouter):
         confidence = float(posterior[best])
         familiarity = float(self.classifier_.familiarity(seen))
         far = familiarity < 1 - self.familiar_share
-        unsure = self.fallback and (confidence < self.threshold_ or far)
+        unsure = self._falls_back and (confidence < self.threshold_ or far)
         names = self.classifier_.categories
         return self._row(posterior, unsure), Explanation(
             category=names[best],
