@@ -12,6 +12,7 @@ from routers.combined import CombinedRouter, make_member, table_of
 from routers.fitted import FittedRouter, TrainingRows
 from routers.folds import stratified_folds
 from routers.params import check_number
+from routers.training import clearly_above
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +114,7 @@ class BlendRouter(CombinedRouter):
         taken = next(
             name
             for name, values in scored.items()
-            if _not_clearly_below(values, scored[best], self.tolerance)
+            if not clearly_above(scored[best], values, self.tolerance)
         )
         weights = makers[taken](predictions, rows.scores)
         used = [number for number, weight in enumerate(weights) if weight > 0]
@@ -239,16 +240,3 @@ def _nested(
         mixed = np.tensordot(weights, predictions[:, inside], axes=1)
         got[inside] = _got(mixed, scores[inside])
     return got
-
-
-def _not_clearly_below(
-    values: NDArray[np.float64], best: NDArray[np.float64], tolerance: float
-) -> bool:
-    import numpy as np
-
-    difference = best - values
-    difference = difference[~np.isnan(difference)]
-    if not len(difference):
-        return True
-    error = float(difference.std(ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    return float(difference.mean()) <= tolerance * error

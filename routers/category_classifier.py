@@ -1,17 +1,15 @@
-"""Texts to calibrated category probabilities: logistic regression on vectors, and n-grams.
+"""Texts to calibrated category probabilities: a linear model of vectors, and one of n-grams.
 
-scikit-learn fits it. Knows nothing of models and scores.
+``routers.category_learning`` fits it. Knows nothing of models and scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from routers.base import RouterError
 from routers.calibration import best_temperature
-from routers.folds import stratified_folds
 from routers.ngrams import NgramClassifier
 
 if TYPE_CHECKING:
@@ -22,12 +20,10 @@ __all__ = [
     "CategoryClassifier",
     "Evidence",
     "expected_calibration_error",
-    "fit_classifier",
-    "out_of_fold",
+    "log_loss",
+    "softmax",
 ]
 
-# What a class gets that was absent from the training rows: as good as impossible, but finite.
-ABSENT_LOGIT = -30.0
 QUANTILES = 101
 
 
@@ -228,79 +224,6 @@ def log_loss(logits: NDArray[np.float64], labels: NDArray[np.intp]) -> float:
     others = (logs.sum(axis=1) - true) / (logits.shape[1] - 1)
     rest = 1 / (len(labels) + 2)
     return float(-((1 - rest) * true + rest * others).mean())
-
-
-def fit_classifier(
-    vectors: NDArray[np.float32],
-    labels: NDArray[np.intp],
-    categories: Sequence[str],
-    *,
-    C: float,
-) -> CategoryClassifier:
-    """Fit on unit vectors, without n-grams and uncalibrated.
-
-    Args:
-        vectors: Shape (n_rows, width).
-        labels: Positions in ``categories``, shape (n_rows,).
-        categories: All categories; those without rows get ``ABSENT_LOGIT``.
-        C: Inverse strength of the L2 penalty.
-    """
-    import numpy as np
-
-    width = vectors.shape[1]
-    weights = np.zeros((len(categories), width))
-    biases = np.full(len(categories), ABSENT_LOGIT)
-    centroids = np.zeros((len(categories), width))
-    present = np.unique(labels)
-    biases[present] = 0.0
-    if len(present) > 1:
-        model = _sklearn_fit(vectors, labels, C)
-        two = len(present) == 2
-        # For two classes scikit-learn keeps the second one's logit only.
-        weights[present[1:] if two else present] = model.coef_
-        biases[present[1:] if two else present] = model.intercept_
-    for label in present:
-        mean = vectors[labels == label].astype(np.float64).mean(axis=0)
-        centroids[label] = mean / max(float(np.linalg.norm(mean)), 1e-12)
-    return CategoryClassifier(list(categories), weights, biases, centroids)
-
-
-def _sklearn_fit(vectors: NDArray[np.float32], labels: NDArray[np.intp], C: float) -> Any:
-    import numpy as np
-
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as exc:
-        raise RouterError(
-            "training this router needs scikit-learn: pip install 'collegium[routers]'"
-        ) from exc
-    return LogisticRegression(C=C, max_iter=5000).fit(vectors.astype(np.float64), labels)
-
-
-def out_of_fold(
-    vectors: NDArray[np.float32],
-    labels: NDArray[np.intp],
-    categories: Sequence[str],
-    *,
-    C: float,
-    folds: int,
-    random_state: int,
-) -> Evidence:
-    """What classifiers of vectors see in rows that they have not learnt from."""
-    import numpy as np
-
-    logits = np.zeros((len(labels), len(categories)))
-    similarity = np.zeros(len(labels))
-    fold_of = stratified_folds(labels, folds, random_state)
-    for fold in np.unique(fold_of):
-        inside = fold_of == fold
-        if inside.all():
-            inside = ~inside
-        model = fit_classifier(vectors[~inside], labels[~inside], categories, C=C)
-        for row in np.flatnonzero(inside):
-            seen = model.evidence(vectors[row], "")
-            logits[row], similarity[row] = seen.logits, seen.similarity
-    return Evidence(logits, similarity)
 
 
 def expected_calibration_error(

@@ -6,7 +6,6 @@ Knows nothing of costs; policies weigh those against the quality predicted here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,19 +13,20 @@ from experts.errors import ExpertConfigError
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from routers.assignment import assign
 from routers.base import Explanation, Query, RouterError
-from routers.category_classifier import (
-    CategoryClassifier,
-    Evidence,
-    expected_calibration_error,
-    fit_classifier,
-    out_of_fold,
-)
+from routers.category_classifier import CategoryClassifier, expected_calibration_error
+from routers.category_learning import HeldOut, fit_classifier, learn_categories
 from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
-from routers.ngrams import N_GRAMS, NgramClassifier, fit_ngrams
+from routers.ngrams import N_GRAMS, NgramClassifier
 from routers.params import check_bool, check_number, check_text
-from routers.training import read_labelled_texts, read_texts, shrunken_means, texts_facts
+from routers.training import (
+    clearly_above,
+    read_labelled_texts,
+    read_texts,
+    shrunken_means,
+    texts_facts,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CoERouter"]
 
-FOLDS = 5
-# More rows would only make cross-validation slower: a temperature and a threshold need no more.
-CALIBRATION_ROWS = 10_000
-# The kernel of n-grams has one row and one column for each of them.
-NGRAM_ROWS = 5_000
 # Coarse, so that the threshold does not follow single validation prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
 # The shipped domain classifier; scripts/train_domain_classifier.sh makes it.
@@ -56,15 +51,6 @@ CLASSIFIER_ARRAYS = {
     "strangeness": ("quantiles",),
 }
 CLASSIFIER_NUMBERS = ("temperature", "ngram_weight", "least_likely")
-
-
-@dataclass(frozen=True, slots=True)
-class _HeldOut:
-    """Rows that the classifier has not learnt from. Label -1 is a category it does not know."""
-
-    seen: Evidence
-    labels: NDArray[np.intp]
-    scores: NDArray[np.float64]
 
 
 class CoERouter(VectorRouter):
@@ -231,7 +217,17 @@ class CoERouter(VectorRouter):
             table = self._planned(table, labels[: len(rows)], rows)
         self.quality_, self.mean_ = table[:-1], table[-1]
         self.categories_ = categories
-        classifier, held_out = self._classifier(rows, texts, vectors, labels, categories)
+        classifier, held_out = learn_categories(
+            rows,
+            texts,
+            vectors,
+            labels,
+            categories,
+            C=self.C,
+            ngrams=self.ngrams,
+            use_validation=self.categories == "table",
+            random_state=self.random_state,
+        )
         self._keep(classifier.calibrated(held_out.seen, held_out.labels, coverage=self.coverage))
         self._ready()
         self.threshold_, self.metrics_ = self._choose_threshold(held_out)
@@ -267,62 +263,6 @@ class CoERouter(VectorRouter):
             known[int(classifier.evidence(vector, "").logits.argmax())] for vector in rows.vectors
         ]
         return found, texts, names
-
-    def _classifier(
-        self,
-        rows: TrainingRows,
-        texts: Sequence[str],
-        vectors: NDArray[np.float32],
-        labels: NDArray[np.intp],
-        categories: Sequence[str],
-    ) -> tuple[CategoryClassifier, _HeldOut]:
-        """An uncalibrated classifier, and what it or its like see in rows they have not learnt."""
-        import numpy as np
-
-        rng = np.random.default_rng(self.random_state)
-        classifier = fit_classifier(vectors, labels, categories, C=self.C)
-        learnt, left_out = np.arange(0), np.zeros((0, len(categories)))
-        if self.ngrams:
-            learnt = _sample(len(labels), NGRAM_ROWS, rng)
-            ngrams, left_out = fit_ngrams(
-                [texts[int(row)] for row in learnt], labels[learnt], len(categories)
-            )
-            classifier = replace(classifier, ngrams=ngrams)
-        inside = rows.validation if self.categories == "table" else None
-        if inside is not None:
-            position = {name: number for number, name in enumerate(categories)}
-            found = [position.get(name, -1) for name in inside.categories or ()]
-            seen = Evidence.of(
-                [
-                    classifier.evidence(vector, text)
-                    for vector, text in zip(inside.vectors, inside.texts, strict=True)
-                ]
-            )
-            return classifier, _HeldOut(seen, np.array(found, np.intp), inside.scores)
-        chosen = _sample(len(labels), CALIBRATION_ROWS, rng)
-        seen = out_of_fold(
-            vectors[chosen],
-            labels[chosen],
-            categories,
-            C=self.C,
-            folds=FOLDS,
-            random_state=self.random_state,
-        )
-        # Texts without scores come last; they are learnt from, but nothing is decided on them.
-        scored = chosen < len(rows)
-        scores = None
-        if classifier.ngrams is not None:
-            place = {int(row): number for number, row in enumerate(learnt)}
-            scores = np.array(
-                [
-                    left_out[place[int(row)]]
-                    if int(row) in place
-                    else classifier.ngrams.scores(texts[int(row)])
-                    for row in chosen[scored]
-                ]
-            )
-        seen = replace(seen.take(scored), ngrams=scores)
-        return classifier, _HeldOut(seen, labels[chosen[scored]], rows.scores[chosen[scored]])
 
     def _keep(self, classifier: CategoryClassifier) -> None:
         """Take over a calibrated classifier as arrays and numbers."""
@@ -375,7 +315,7 @@ class CoERouter(VectorRouter):
         planned[np.arange(len(table)), picks] = best
         return np.asarray(planned.clip(0.0))
 
-    def _choose_threshold(self, held_out: _HeldOut) -> tuple[float, dict[str, Any]]:
+    def _choose_threshold(self, held_out: HeldOut) -> tuple[float, dict[str, Any]]:
         """The threshold of the best decisions on held-out rows, and what was measured there."""
         import numpy as np
 
@@ -393,7 +333,7 @@ class CoERouter(VectorRouter):
         best = max(means.values(), default=0.0)
         equal = [t for t, mean in means.items() if mean >= best - 1e-12]
         threshold = equal[len(equal) // 2] if equal else 0.0
-        if threshold and not _clearly_above(sweep[threshold], sweep[0.0]):
+        if threshold and not clearly_above(sweep[threshold], sweep[0.0]):
             threshold = 0.0
         known = held_out.labels >= 0
         correct = category[known] == held_out.labels[known]
@@ -466,31 +406,10 @@ def _named_by(reference: str, texts: Sequence[str]) -> list[str]:
     return [str(explanation.category) for explanation in found]
 
 
-def _sample(n_rows: int, at_most: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """Positions of so many rows, in their order."""
-    import numpy as np
-
-    if n_rows <= at_most:
-        return np.arange(n_rows)
-    return np.sort(rng.choice(n_rows, at_most, replace=False))
-
-
 def _mean(values: NDArray[np.float64]) -> float:
     import numpy as np
 
     return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
-
-
-def _clearly_above(values: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
-    """Whether the mean difference is more than its standard error."""
-    import numpy as np
-
-    difference = values - others
-    difference = difference[~np.isnan(difference)]
-    if len(difference) < 2:
-        return False
-    error = float(difference.std(ddof=1)) / len(difference) ** 0.5
-    return bool(difference.mean() > error)
 
 
 def _sizes(rows: TrainingRows, name: str) -> NDArray[np.float64]:

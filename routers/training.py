@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["read_labelled_texts", "read_texts", "shrunken_means", "texts_facts"]
+__all__ = ["clearly_above", "read_labelled_texts", "read_texts", "shrunken_means", "texts_facts"]
 
 
 def shrunken_means(
@@ -43,6 +43,23 @@ def shrunken_means(
     count, total = members.T @ present, members.T @ filled
     shrunken = (total + shrinkage * means) / np.maximum(count + shrinkage, 1e-12)
     return np.vstack([np.where(count > 0, shrunken, means), means])
+
+
+def clearly_above(
+    values: NDArray[np.float64], others: NDArray[np.float64], tolerance: float = 1.0
+) -> bool:
+    """Whether scores of the same prompts differ by more than so many standard errors.
+
+    Prompts with a missing score (NaN) do not count.
+    """
+    import numpy as np
+
+    difference = values - others
+    difference = difference[~np.isnan(difference)]
+    if len(difference) < 2:
+        return False
+    error = float(difference.std(ddof=1)) / len(difference) ** 0.5
+    return bool(difference.mean() > tolerance * error)
 
 
 def read_texts(path: str) -> list[str]:

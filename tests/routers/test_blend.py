@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from routers.base import Query, RouterError
-from routers.blend import BlendRouter, _greedy, _least_squares, _not_clearly_below
+from routers.blend import BlendRouter, _greedy, _least_squares
 from routers.c3po import C3PORouter
 from routers.knn import KNNRouter
 from routers.outcomes import OutcomeTable, Prompts
 from routers.registry import load_router
 from routers.testing import MODELS, example_table
+from routers.training import clearly_above
 
 COE, KMEANS = "coe encoder=hashing fallback=false", "kmeans encoder=hashing"
 
@@ -90,9 +91,9 @@ def test_greedy_ignores_a_useless_member():
 
 def test_clearly_below_is_measured_on_the_same_prompts():
     best = np.array([1.0, 0.0, 1.0, 1.0] * 25)
-    assert _not_clearly_below(best.copy(), best, 0.0)
-    assert not _not_clearly_below(best - 0.5, best, 1.0)
-    assert _not_clearly_below(np.roll(best, 1), best, 1.0)
+    assert not clearly_above(best, best.copy(), 0.0)
+    assert clearly_above(best, best - 0.5)
+    assert not clearly_above(best, np.roll(best, 1))
 
 
 def test_c3po_mixes_base_and_solved_neighbours():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from routers.base import Query, RouterError
-from routers.category_classifier import expected_calibration_error, fit_classifier
+from routers.category_classifier import expected_calibration_error
+from routers.category_learning import fit_classifier
 from routers.coe import CoERouter
 from routers.ngrams import fit_ngrams
 from routers.outcomes import OutcomeTable, Prompts
