@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Calibrated", "calibrate", "find_price"]
+__all__ = ["Calibrated", "calibrate", "find_price", "find_threshold"]
 
 STEPS = 60
 ROUNDING = 1e-9
@@ -85,7 +85,7 @@ def calibrate(
     elif isinstance(policy, ThresholdPolicy):
         strong, weak = names.index(policy.strong), names.index(policy.weak)
         gap = quality[:, strong].astype("float64") - quality[:, weak].astype("float64")
-        number = {"threshold": _threshold(policy, gap)}
+        number = {"threshold": find_threshold(policy, gap)}
     elif isinstance(policy, TopPPolicy):
         scores = table.scores(split, names)
         number = {"confidence": _confidence(policy, names, quality, costs, scores)}
@@ -134,6 +134,11 @@ def find_price(
     bound = policy.max_mean_cost
     if bound is None:
         raise RouterError("the policy 'budget' needs its bound: set max_mean_cost")
+    if not costs.any():
+        raise RouterError(
+            f"no candidate's cost is known in {policy.cost or 'any unit'}; give the table's models "
+            "prices, parameters or latencies, or set cost to what is known of them"
+        )
 
     def mean_cost(price: float) -> float:
         choice = policy.model_copy(update={"price": price}).choices(names, quality, costs)
@@ -163,14 +168,25 @@ def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
     return float(high)
 
 
-def _threshold(policy: ThresholdPolicy, gap: NDArray[np.float64]) -> float:
-    """The quantile of predicted differences above which the wanted share lies."""
+def find_threshold(policy: ThresholdPolicy, gap: NDArray[np.float64]) -> float:
+    """The least threshold that gives the strong expert at most its share.
+
+    Args:
+        policy: With its ``strong_share``.
+        gap: Predicted quality of the strong one less the weak one's, shape (n_prompts,).
+
+    Raises:
+        RouterError: The share is missing.
+    """
     import numpy as np
 
     if policy.strong_share is None:
         raise RouterError("the policy 'threshold' needs its goal: set strong_share")
-    # "higher" keeps the share at most as wanted. Rounding must not make a gain out of a tie.
-    return float(np.quantile(gap, 1 - policy.strong_share, method="higher")) + ROUNDING
+    falling, allowed = np.sort(gap)[::-1], int(policy.strong_share * len(gap))
+    # Rounding must not make a gain out of a tie, nor a tie out of a gain.
+    if allowed == len(gap):
+        return float(falling[-1]) - ROUNDING
+    return float(falling[allowed]) + ROUNDING
 
 
 def _confidence(

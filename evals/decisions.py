@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ __all__ = [
 # lie near 1: even steps leave up to half of the curve's costs between two of them, these a quarter.
 KNOBS = tuple(1 - (1 - step / 20) ** 3 for step in range(21))
 TIMED_PROMPTS = 50
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +229,8 @@ def _asked(
 def _microseconds(router: Router, texts: Sequence[str], candidates: Sequence[str]) -> float:
     times = []
     for text in texts[:TIMED_PROMPTS]:
-        # Vectors of the prompts themselves are cached; a blank makes another text of it.
-        query = Query(f"{text} ")
+        # Routers share a cache of vectors; a number makes a text of it that no router has seen.
+        query = Query(f"{text} {next(_numbers)}")
         started = time.perf_counter()
         router.predict([query], candidates)
         times.append((time.perf_counter() - started) * 1e6)

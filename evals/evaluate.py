@@ -143,11 +143,12 @@ def _costs(
     cards = [table.card(model) for model in candidates]
     if unit in ("usd", None):
         costs = table.costs_usd(split, candidates)
-        if not np.isnan(costs).all():
-            return costs, "USD"
-        if any(card.input_usd_per_mtok or card.output_usd_per_mtok for card in cards):
+        priced = any(card.input_usd_per_mtok or card.output_usd_per_mtok for card in cards)
+        if np.isnan(costs).all() and priced:
             tokens = [len(text) // CHARACTERS_PER_TOKEN for text in prompts.texts]
             return expected_usd(cards, tokens, {}), "expected USD"
+        if unit == "usd" or not np.isnan(costs).all():
+            return costs, "USD"
     sizes = [card.active_params_b or card.total_params_b or float("nan") for card in cards]
     latency = table.latency_s(split, candidates)
     if unit == "latency_s" or (unit is None and np.isnan(sizes).all()

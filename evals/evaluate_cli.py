@@ -43,7 +43,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--cost",
     type=click.Choice(get_args(CostUnit)),
-    help="What costs are; by default the policy's unit, else the first that is known.",
+    help="What costs are in the report, and to the policy unless --policy gives one; by default "
+    "the policy's unit, else the first that is known.",
 )
 @click.option("--models", help="Choose among these models only: names with commas between them.")
 @click.option("--json", "json_file", type=FILE, help="Write the report as JSON; - for stdout.")
@@ -89,13 +90,12 @@ def evaluate_command(
         routers = _load_all(artefacts)
         wanted = [name.strip() for name in models.split(",")] if models else None
         pool = shared_pool(routers, table, wanted)
-        policy = read_policy(policy_file) if policy_file else UtilityPolicy()
+        policy = read_policy(policy_file) if policy_file else UtilityPolicy(cost=cost)
         if policy.uncalibrated:
             raise RouterError(
                 f"{policy_file}: the policy has no {policy.uncalibrated!r}; "
                 "'collegium calibrate' finds it"
             )
-        policy = policy.model_copy(update={"cost": cost or policy.cost})
         made = [
             decide(
                 name,
@@ -117,7 +117,7 @@ def evaluate_command(
         if not table.has_outcomes and (quality or decisions):
             click.echo(f"{table_path} has no outcomes.parquet: nothing to score", err=True)
             return
-        evaluation = judge(made, table, split=split, cost=policy.cost)
+        evaluation = judge(made, table, split=split, cost=cost or policy.cost)
     except (RouterError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
     report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)

@@ -154,7 +154,9 @@ class Orchestrator:
         pool, excluded = split_pool(request, [self.cards[name]])
         if not pool:
             raise EmptyPoolError(name, excluded)
-        usd = expected_usd(pool, [estimated_prompt_tokens(request)], {})
+        usd = expected_usd(
+            pool, [estimated_prompt_tokens(request)], {}, token_limit=request.token_limit
+        )
         return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=float(usd[0, 0])),))
 
     def run(
@@ -197,7 +199,8 @@ def _build_route(
     name: str, route: RouteConfig, router: Router, cards: Mapping[str, ExpertCard]
 ) -> _Route:
     experts = route.experts or tuple(card for card in cards if card in router.models)
-    unknown = [expert for expert in experts if expert not in router.models]
+    wanted = dict.fromkeys((*experts, *route.policy.named_experts))
+    unknown = [expert for expert in wanted if expert not in router.models]
     if unknown or not experts:
         raise ConfigError(
             f"route {name!r}: router {route.router!r} knows "

@@ -228,7 +228,7 @@ class ThresholdPolicy(Policy):
     """The expert that answers where it is worth it."""
     strong_share: float | None = Field(default=None, ge=0, le=1)
     """Share of requests that the strong one shall get, for ``collegium calibrate``."""
-    threshold: float | None = Field(default=None, ge=-1, le=1)
+    threshold: float | None = None
     """Points of quality the strong one must be better by; found by ``collegium calibrate``."""
 
     @model_validator(mode="after")

@@ -7,11 +7,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from evals.calibrate import find_threshold
 from evals.calibrate_cli import calibrate_command
 from evals.decisions import decide
 from evals.evaluate_cli import evaluate_command
-from evals.policy_files import read_policy
-from orchestrator.policies import BudgetPolicy
+from evals.policy_files import make_policy, read_policy
+from orchestrator.policies import BudgetPolicy, ThresholdPolicy
 from routers.base import RouterError
 from routers.coe import CoERouter
 from routers.outcomes import OutcomeTable
@@ -80,7 +81,7 @@ def test_a_looser_budget_never_scores_a_lower_predicted_quality(folders):
     assert qualities == sorted(qualities)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
 def test_the_strong_expert_gets_at_most_its_share(folders, share):
     out = _calibrated(
         folders, "threshold", f"weak={MODELS[1]}", f"strong={MODELS[0]}", f"strong_share={share}"
@@ -91,8 +92,9 @@ def test_the_strong_expert_gets_at_most_its_share(folders, share):
     assert found <= share
     gap = made.quality[:, 0] - made.quality[:, 1]
     # All above the threshold go to the strong one; more would only go by splitting a tie.
-    tied = np.isclose(gap, np.quantile(gap, 1 - share, method="higher")).mean()
-    assert found >= share - tied - 1 / len(gap)
+    others = gap[[model != MODELS[0] for model in made.models]]
+    tied = np.isclose(gap, others.max()).mean() if len(others) else 0.0
+    assert found + tied >= share
 
 
 def test_top_p_covers_what_it_promises(folders):
@@ -103,6 +105,13 @@ def test_top_p_covers_what_it_promises(folders):
     best = [scores[row, models].max() for row, models in enumerate(asked)]
     assert np.mean(best) >= 0.9
     assert max(map(len, asked)) <= 3
+
+
+def test_a_threshold_no_gap_exceeds_can_be_read_again():
+    policy = ThresholdPolicy(type="threshold", weak="a", strong="b", strong_share=0.2)
+    found = find_threshold(policy, np.array([1.0, 1.0, 0.0]))
+    assert found > 1
+    assert make_policy({**policy.model_dump(), "threshold": found}, name="x").uncalibrated is None
 
 
 def test_evaluate_takes_the_policy_that_calibrate_wrote(folders):
@@ -127,6 +136,7 @@ def test_the_written_policy_is_a_routes_policy(folders):
     ("kind", "settings", "said"),
     [
         ("budget", [], "set max_mean_cost"),
+        ("budget", ["max_mean_cost=0.5", "cost=latency_s"], "no candidate's cost is known"),
         ("budget", ["max_mean_cost=0.5", "cost=active_params_b"], "no choice keeps to a mean cost"),
         ("threshold", [f"weak={MODELS[0]}", f"strong={MODELS[1]}"], "set strong_share"),
         ("threshold", ["weak=a", "strong=b", "strong_share=0.5"], "names 'a'"),

@@ -221,6 +221,15 @@ def test_a_route_with_experts_its_router_does_not_know_is_refused():
         build(parse_config(content))
 
 
+def test_a_policy_that_names_an_expert_its_router_does_not_know_is_refused():
+    content = config_content()
+    del content["routers"]["table"]["quality"]["small"]
+    policy = {"type": "threshold", "weak": "small", "strong": "large", "threshold": 0.1}
+    content["routes"] = {"auto": {"router": "table", "policy": policy}}
+    with pytest.raises(ConfigError, match="but not 'small'"):
+        build(parse_config(content))
+
+
 def test_a_route_without_experts_takes_those_its_router_knows():
     content = config_content(routers={"table": {"type": "static", "quality": {"small": 1}}})
     assert build(parse_config(content)).routes["auto"].experts == ("small",)
