@@ -86,7 +86,7 @@ async def measure(
         if what == "choose":
             clocks["predict"].append(_since(started))
         usd = expected_usd(cards, [len(text) / 4], {})
-        policy.choices(router.models, quality, expected_costs(cards, usd, {}))
+        policy.choices(router.models, quality, expected_costs(cards, usd, {}, "usd"))
         clocks[what].append(_since(started))
 
     for what in ("choose", "known"):

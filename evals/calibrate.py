@@ -18,6 +18,7 @@ from orchestrator.policies import (
     Policy,
     ThresholdPolicy,
     TopPPolicy,
+    cost_unit,
     order_by_utility,
 )
 from routers.base import Query, Router, RouterError
@@ -81,6 +82,10 @@ def calibrate(
     quality = router.predict([Query(text) for text in texts], names).quality
     costs = expected_of(router, policy, table, texts, names)
     if isinstance(policy, BudgetPolicy):
+        # A price is worth nothing without its unit, and a service may know other costs.
+        cards = [table.card(name) for name in names]
+        unit = cost_unit(policy, cards, getattr(router, "measured", {}))
+        policy = policy.model_copy(update={"cost": unit})
         number: dict[str, float] = {"price": find_price(policy, names, quality, costs)}
     elif isinstance(policy, ThresholdPolicy):
         strong, weak = names.index(policy.strong), names.index(policy.weak)
@@ -205,14 +210,16 @@ def _confidence(
     orders = [
         order_by_utility(u.tolist(), c.tolist()) for u, c in zip(utilities, costs, strict=True)
     ]
-    ordered = np.take_along_axis(np.nan_to_num(scores), np.array(orders), axis=1)
+    ordered = np.take_along_axis(np.where(np.isnan(scores), -1.0, scores), np.array(orders), axis=1)
     best_of = np.maximum.accumulate(ordered, axis=1)
     chances = np.take_along_axis(quality.astype(float), np.array(orders), axis=1)
 
     def covered(confidence: float) -> float:
         stopping = policy.model_copy(update={"confidence": confidence})
         widths = [stopping.width(row) for row in chances.tolist()]
-        return float(best_of[np.arange(len(widths)), np.array(widths) - 1].mean())
+        reached = best_of[np.arange(len(widths)), np.array(widths) - 1]
+        # Prompts on which none of the asked was run tell nothing.
+        return float(reached[reached >= 0].mean()) if (reached >= 0).any() else 0.0
 
     if covered(1.0) < policy.coverage:
         raise RouterError(

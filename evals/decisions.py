@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from orchestrator.policies import (
     Policy,
     UtilityPolicy,
+    cost_unit,
     expected_costs,
     expected_usd,
     order_by_utility,
@@ -144,13 +145,12 @@ def decide(
     knob = policy.cost_quality if cost_quality is None else cost_quality
     prompts = table.with_prompts_of(split)
     prediction = router.predict([Query(text) for text in prompts.texts], candidates)
-    costs = expected_of(router, policy, table, prompts.texts, candidates)
     allowed = allowed_positions(router, policy, table, candidates)
     names, quality = [candidates[j] for j in allowed], prediction.quality[:, allowed]
+    costs = expected_of(router, policy, table, prompts.texts, names)
 
     def chosen(at: float) -> NDArray[np.intp]:
-        choices = policy.choices(names, quality, costs[:, allowed], cost_quality=at)
-        return allowed[choices]
+        return allowed[policy.choices(names, quality, costs, cost_quality=at)]
 
     choice = chosen(knob)
     return Decisions(
@@ -165,7 +165,7 @@ def decide(
         sha256=decisions_sha256(prompts.ids, [candidates[int(j)] for j in choice]),
         microseconds=_microseconds(router, prompts.texts, candidates),
         sweep={at: chosen(at) for at in KNOBS},
-        asked=_asked(policy, names, quality, costs[:, allowed], knob, allowed),
+        asked=_asked(policy, names, quality, costs, knob, allowed),
         explanations=prediction.explanations,
     )
 
@@ -177,11 +177,20 @@ def expected_of(
     texts: Sequence[str],
     candidates: Sequence[str],
 ) -> NDArray[np.float64]:
-    """What the policy weighs, as in serving, shape (n_texts, n_candidates)."""
+    """What the policy weighs, as in serving, shape (n_texts, n_candidates).
+
+    Args:
+        router: Knows what was measured of the candidates' answers.
+        policy: Knows what costs are.
+        table: Has the candidates' cards.
+        texts: The prompts.
+        candidates: Those that the policy may choose.
+    """
     cards = [table.card(model) for model in candidates]
     measured: Mapping[str, Measured] = getattr(router, "measured", {})
     tokens = [len(text) // CHARACTERS_PER_TOKEN for text in texts]
-    return expected_costs(cards, expected_usd(cards, tokens, measured), measured, policy.cost)
+    unit = cost_unit(policy, cards, measured)
+    return expected_costs(cards, expected_usd(cards, tokens, measured), measured, unit)
 
 
 def allowed_positions(

@@ -22,7 +22,13 @@ from orchestrator.config import (
 )
 from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
-from orchestrator.policies import expected_costs, expected_usd, order_by_utility
+from orchestrator.policies import (
+    CostUnit,
+    cost_unit,
+    expected_costs,
+    expected_usd,
+    order_by_utility,
+)
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
@@ -48,6 +54,7 @@ class _Route:
     experts: tuple[str, ...]
     excluded: Mapping[str, str]
     measured: Mapping[str, Measured]
+    unit: CostUnit
 
 
 def load_routers(config: CollegiumConfig) -> dict[str, Router]:
@@ -226,7 +233,8 @@ def _build_route(
         if isinstance(route.strategy, FallbackStrategyConfig)
         else SingleStrategy()
     )
-    return _Route(route, router, strategy, allowed, excluded, measured)
+    unit = cost_unit(route.policy, [cards[expert] for expert in allowed], measured)
+    return _Route(route, router, strategy, allowed, excluded, measured, unit)
 
 
 def _decision(
@@ -247,7 +255,7 @@ def _decision(
         route.measured,
         token_limit=request.token_limit,
     )
-    costs = expected_costs(pool, usd, route.measured, policy.cost)
+    costs = expected_costs(pool, usd, route.measured, route.unit)
     utilities = policy.utilities(names, prediction.quality, costs, cost_quality=knob)[0].tolist()
     quality = prediction.quality[0].tolist()
     candidates = tuple(

@@ -6,8 +6,9 @@ the dearest candidate's cost has, at the knob ``k`` (``cost_quality``), the util
     k * (q - charge) - (1 - k) * r
 
 and policies differ in the charge: points of quality that a candidate must be better by. So the
-knob means the same everywhere: 0 takes the cheapest, 1 what the policy finds best. Raising it never
-makes the expected cost of a decision fall.
+knob means the same everywhere: 0 takes the cheapest, 1 what the policy finds best, and raising it
+never makes the expected cost of a decision fall. ``threshold`` alone takes its weak expert for the
+cheapest, whatever it costs.
 
 A policy sees one request's numbers only, so the same request gets the same order whatever else is
 in flight. Numbers come as matrices of shape (n_requests, n_candidates): a service decides on one
@@ -17,7 +18,7 @@ row, an evaluation on thousands, with the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -37,6 +38,7 @@ __all__ = [
     "ThresholdPolicy",
     "TopPPolicy",
     "UtilityPolicy",
+    "cost_unit",
     "expected_costs",
     "expected_usd",
     "order_by_utility",
@@ -207,6 +209,22 @@ class BudgetPolicy(Policy):
         """``price``, if it is not known yet."""
         return "price" if self.price is None else None
 
+    def excluded(
+        self, cards: Sequence[ExpertCard], measured: Mapping[str, Measured]
+    ) -> dict[str, str]:
+        """As of all policies; an expert of unknown cost would pass for one that is free."""
+        reasons = super().excluded(cards, measured)
+        kept = [card for card in cards if card.name not in reasons]
+        unit = cost_unit(self, kept, measured)
+        for card in kept:
+            # A price of 0 is a price, as of an expert of one's own; but not if nobody has another.
+            if unit != "usd" and _cost(card, unit, measured) is None:
+                raise ValueError(
+                    f"a budget in {unit} needs that of every expert, and nobody knows it of "
+                    f"{card.name!r}"
+                )
+        return reasons
+
     def charges(self, names: Sequence[str], costs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Price times cost."""
         return super().charges(names, costs) + _known(self.price) * costs
@@ -235,6 +253,11 @@ class ThresholdPolicy(Policy):
     def _two(self) -> ThresholdPolicy:
         if self.weak == self.strong:
             raise ValueError(f"weak and strong are both {self.weak!r}; name two experts")
+        if self.null_expert not in (None, self.weak, self.strong):
+            raise ValueError(
+                f"null_expert {self.null_expert!r} must be {self.weak!r} or {self.strong!r}: the "
+                "policy chooses between those two"
+            )
         return self
 
     @property
@@ -274,10 +297,11 @@ class ThresholdPolicy(Policy):
 class TopPPolicy(Policy):
     """As many experts as it takes until one of them is right with enough confidence.
 
-    Experts are taken in the order of utility until 1 - prod(1 - quality) reaches ``confidence``, or
-    there are ``max_experts``: without that cap, flat predictions would call everybody. Experts err
-    on the same prompts, so the product is too sure of itself; ``collegium calibrate`` finds the
-    ``confidence`` that reaches the wanted ``coverage`` on prompts with known outcomes.
+    Strategies that ask one expert take the first. Experts are taken in the order of utility until
+    1 - prod(1 - quality) reaches ``confidence``, or there are ``max_experts``: without that cap,
+    flat predictions would call everybody. Experts err on the same prompts, so the product is too
+    sure of itself; ``collegium calibrate`` finds the ``confidence`` that reaches the wanted
+    ``coverage`` on prompts with known outcomes.
 
     References:
         Huang et al., "Harder Tasks Need More Experts" (arXiv:2403.07652): as many experts as reach
@@ -361,7 +385,7 @@ def expected_costs(
     cards: Sequence[ExpertCard],
     usd: NDArray[np.float64],
     measured: Mapping[str, Measured],
-    unit: CostUnit | None = None,
+    unit: CostUnit,
 ) -> NDArray[np.float64]:
     """Costs of candidates in a policy's unit.
 
@@ -369,23 +393,47 @@ def expected_costs(
         cards: Of the candidates.
         usd: Expected, shape (n_requests, n_candidates); see ``expected_usd``.
         measured: What is known of experts' answers, by name.
-        unit: None takes US dollars, where nobody has a price active parameters, which are what a
-            self-hosted expert costs in compute, and where these are unknown too the latency.
+        unit: What costs are.
 
     Returns:
         Same shape as ``usd``; 0 where unknown.
     """
     import numpy as np
 
-    if unit == "usd" or (unit is None and usd.any()):
+    if unit == "usd":
         return usd
-    columns = {
-        "active_params_b": [card.active_params_b or card.total_params_b or 0.0 for card in cards],
-        "latency_s": [_typical(card, "latency_s", measured) or 0.0 for card in cards],
-    }
-    if unit is None:
-        unit = "active_params_b" if any(columns["active_params_b"]) else "latency_s"
-    return np.zeros_like(usd) + np.array(columns[unit], np.float64)
+    column = [_cost(card, unit, measured) or 0.0 for card in cards]
+    return np.zeros_like(usd) + np.array(column, np.float64)
+
+
+def cost_unit(
+    policy: Policy, cards: Sequence[ExpertCard], measured: Mapping[str, Measured]
+) -> CostUnit:
+    """The policy's unit of cost, the same for all requests to the same experts.
+
+    Where the policy leaves it open: US dollars if anybody has a price, else active parameters,
+    which are what a self-hosted expert costs in compute, and where these are unknown too the
+    latency.
+
+    Args:
+        policy: The policy.
+        cards: Of all experts it may choose.
+        measured: What is known of experts' answers, by name.
+    """
+    if policy.cost is not None:
+        return policy.cost
+    units: tuple[CostUnit, ...] = get_args(CostUnit)
+    return next((u for u in units if any(_cost(card, u, measured) for card in cards)), "usd")
+
+
+def _cost(card: ExpertCard, unit: CostUnit, measured: Mapping[str, Measured]) -> float | None:
+    """A card's cost, or for US dollars a number that is 0 or none where it has no price."""
+    if unit == "usd":
+        stated = measured.get(card.name, Measured()).cost_usd
+        return card.input_usd_per_mtok or card.output_usd_per_mtok or stated
+    if unit == "active_params_b":
+        return card.active_params_b or card.total_params_b
+    return _typical(card, "latency_s", measured)
 
 
 def relative_costs(costs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -153,7 +153,9 @@ class LmEvalTask:
                     sample = Sample(prompt_id, text, self._target(doc), self.name, split)
                     samples[split].append(sample)
                     self._docs[prompt_id] = doc
-        except Exception as error:  # whatever the task's own functions and templates raise
+        except StopIteration as error:
+        raise TaskError(f"the data of lm-eval task {target!r} is empty") from error
+    except Exception as error:  # whatever the task's own functions and templates raise
             raise TaskError(
                 f"lm-eval cannot make the prompts of task {self.name!r}: "
                 f"{type(error).__name__}: {error}"

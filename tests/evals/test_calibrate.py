@@ -136,7 +136,7 @@ def test_the_written_policy_is_a_routes_policy(folders):
     ("kind", "settings", "said"),
     [
         ("budget", [], "set max_mean_cost"),
-        ("budget", ["max_mean_cost=0.5", "cost=latency_s"], "no candidate's cost is known"),
+        ("budget", ["max_mean_cost=0.5", "cost=latency_s"], "nobody knows it of 'cook'"),
         ("budget", ["max_mean_cost=0.5", "cost=active_params_b"], "no choice keeps to a mean cost"),
         ("threshold", [f"weak={MODELS[0]}", f"strong={MODELS[1]}"], "set strong_share"),
         ("threshold", ["weak=a", "strong=b", "strong_share=0.5"], "names 'a'"),

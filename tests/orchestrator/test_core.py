@@ -96,6 +96,19 @@ async def test_a_budget_charges_for_cost():
     assert (await found.decide(chat_request(), cost_quality=0.0)).experts[0] == "small"
 
 
+async def test_the_unit_of_cost_does_not_depend_on_who_can_answer():
+    content = config_content()
+    content["routes"]["auto"]["policy"] = {"type": "budget", "price": 100.0}
+    for entry in content["experts"][1:]:
+        entry |= {"active_params_b": 70.0, "capabilities": ["chat", "tools"]}
+        del entry["input_usd_per_mtok"], entry["output_usd_per_mtok"]
+    content["experts"][0]["capabilities"] = ["chat"]
+    decision = await build(parse_config(content)).decide(chat_request(tools=[TOOL]))
+    # The only expert with a price lacks tools; the others are still compared by their price, 0.
+    assert decision.experts == ("large", "medium")
+    assert decision.candidates[0].utility == pytest.approx(0.9)
+
+
 async def test_top_p_says_how_many_experts_shall_answer():
     found = _with_policy({"type": "top_p", "confidence": 0.95, "max_experts": 3})
     decision = await found.decide(chat_request())

@@ -14,6 +14,7 @@ from orchestrator.policies import (
     ThresholdPolicy,
     TopPPolicy,
     UtilityPolicy,
+    cost_unit,
     expected_costs,
     expected_usd,
     order_by_utility,
@@ -136,12 +137,29 @@ def test_active_parameters_then_latency_stand_in_for_missing_prices():
         ExpertCard(name="a", total_params_b=8),
         ExpertCard(name="b", total_params_b=30, active_params_b=2, latency_s=3),
     ]
-    nothing = np.zeros((1, 2))
-    assert expected_costs(cards, nothing, {})[0].tolist() == [8.0, 2.0]
+    nothing, open_unit = np.zeros((1, 2)), UtilityPolicy()
+    assert cost_unit(open_unit, cards, {}) == "active_params_b"
+    assert expected_costs(cards, nothing, {}, "active_params_b")[0].tolist() == [8.0, 2.0]
+    assert cost_unit(UtilityPolicy(cost="latency_s"), cards, {}) == "latency_s"
     assert expected_costs(cards, nothing, {}, "latency_s")[0].tolist() == [0.0, 3.0]
-    assert expected_costs(cards, nothing + 1, {})[0].tolist() == [1.0, 1.0]
-    unknown = [ExpertCard(name="c"), ExpertCard(name="d")]
-    assert expected_costs(unknown, nothing, {"d": Measured(latency_s=2)})[0].tolist() == [0.0, 2.0]
+    assert cost_unit(open_unit, cards, {"a": Measured(cost_usd=0.1)}) == "usd"
+    assert expected_costs(cards, nothing + 1, {}, "usd")[0].tolist() == [1.0, 1.0]
+    unknown, measured = [ExpertCard(name="c"), ExpertCard(name="d")], {"d": Measured(latency_s=2)}
+    assert cost_unit(open_unit, unknown, measured) == "latency_s"
+    assert expected_costs(unknown, nothing, measured, "latency_s")[0].tolist() == [0.0, 2.0]
+
+
+def test_a_budget_refuses_experts_of_unknown_cost():
+    cards = [ExpertCard(name="a", active_params_b=8), ExpertCard(name="b")]
+    policy = BudgetPolicy(type="budget", cost="active_params_b", price=0.1)
+    with pytest.raises(ValueError, match="nobody knows it of 'b'"):
+        policy.excluded(cards, {})
+    assert policy.excluded(cards[:1], {}) == {}
+
+
+def test_a_null_expert_beside_the_two_is_refused():
+    with pytest.raises(ValidationError, match="chooses between those two"):
+        ThresholdPolicy(type="threshold", weak="a", strong="b", null_expert="c")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.type)
