@@ -122,6 +122,7 @@ def calibration(data: Path, name: str, split: str | None) -> dict[str, Any]:
             sizes.append(len(e.detail["likely"]))
     coverage = bootstrap_mean(np.array(held, float))
     return {
+        "judged": split if split and table.has_split(split) else "cross-validated",
         "rows": len(held),
         "accuracy": float(np.mean(correct)),
         "ece": expected_calibration_error(np.array(confidence), np.array(correct)),
@@ -176,7 +177,7 @@ def markdown(command: str, found: dict[str, Any], split: str | None) -> str:
     for name, one in found["calibration"].items():
         held = one["coverage"]
         lines.append(
-            f"| {name} | {one['rows']} | {one['accuracy']:.3f} | {one['ece']:.3f} | "
+            f"| {name}, {one['judged']} | {one['rows']} | {one['accuracy']:.3f} | {one['ece']:.3f} | "
             f"{held['mean']:.3f} ({held['low']:.3f} to {held['high']:.3f}) | "
             f"{one['likely_categories']:.2f} |"
         )

@@ -102,7 +102,15 @@ def calibrate(
 def _measured(
     policy: Policy, router: Router, table: OutcomeTable, split: str, candidates: Sequence[str]
 ) -> Calibrated:
-    made = decide("router", router, table, split=split, candidates=candidates, policy=policy)
+    made = decide(
+        "router",
+        router,
+        table,
+        split=split,
+        candidates=candidates,
+        policy=policy,
+        for_report=False,
+    )
     evaluation = judge([made], table, split=split, cost=policy.cost)
     line, figures = evaluation.lines[0], evaluation.figures["router"]
     best = figures.best_of_asked

@@ -123,6 +123,7 @@ def decide(
     candidates: Sequence[str],
     policy: Policy | None = None,
     cost_quality: float | None = None,
+    for_report: bool = True,
 ) -> Decisions:
     """Predict and choose for every prompt of a split. Reads no outcome.
 
@@ -137,6 +138,7 @@ def decide(
         candidates: The models to choose from.
         policy: Quality less cost by default.
         cost_quality: The knob, instead of the policy's own.
+        for_report: Whether to time predictions and to choose at all values of the knob, too.
 
     Raises:
         RouterError: The policy cannot decide among these candidates.
@@ -163,8 +165,10 @@ def decide(
         cost_quality=knob,
         fallbacks=sum(explanation.fallback for explanation in prediction.explanations),
         sha256=decisions_sha256(prompts.ids, [candidates[int(j)] for j in choice]),
-        microseconds=_microseconds(router, prompts.texts, candidates),
-        sweep={at: chosen(at) for at in KNOBS},
+        microseconds=_microseconds(router, prompts.texts, candidates)
+        if for_report
+        else float("nan"),
+        sweep={at: chosen(at) for at in KNOBS} if for_report else {},
         asked=_asked(policy, names, quality, costs, knob, allowed),
         explanations=prediction.explanations,
     )
