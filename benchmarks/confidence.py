@@ -177,7 +177,8 @@ def markdown(command: str, found: dict[str, Any], split: str | None) -> str:
     for name, one in found["calibration"].items():
         held = one["coverage"]
         lines.append(
-            f"| {name}, {one['judged']} | {one['rows']} | {one['accuracy']:.3f} | {one['ece']:.3f} | "
+            f"| {name}, {one['judged']} | {one['rows']} | {one['accuracy']:.3f} | "
+            f"{one['ece']:.3f} | "
             f"{held['mean']:.3f} ({held['low']:.3f} to {held['high']:.3f}) | "
             f"{one['likely_categories']:.2f} |"
         )

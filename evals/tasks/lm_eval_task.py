@@ -153,9 +153,7 @@ class LmEvalTask:
                     sample = Sample(prompt_id, text, self._target(doc), self.name, split)
                     samples[split].append(sample)
                     self._docs[prompt_id] = doc
-        except StopIteration as error:
-        raise TaskError(f"the data of lm-eval task {target!r} is empty") from error
-    except Exception as error:  # whatever the task's own functions and templates raise
+        except Exception as error:  # whatever the task's own functions and templates raise
             raise TaskError(
                 f"lm-eval cannot make the prompts of task {self.name!r}: "
                 f"{type(error).__name__}: {error}"
@@ -287,6 +285,8 @@ def _build(manager: Any, target: str) -> list[Any]:
             f"downloaded ({error}); load it once with the datasets library, or give "
             "lm-eval:PATH.yaml with local data_files"
         ) from error
+    except StopIteration as error:
+        raise TaskError(f"the data of lm-eval task {target!r} is empty") from error
     except Exception as error:  # whatever the task's own settings and functions lead to
         raise TaskError(
             f"lm-eval cannot load task {target!r}: {type(error).__name__}: {error}"
