@@ -19,7 +19,6 @@ DATA = [
     ("experts", "embedded/**/*.safetensors"),
     ("routers", "embedded/auto/*.safetensors"),
     ("routers", "embedded/domains/*.safetensors"),
-    ("routers", "embedded/domains/*.safetensors"),
     ("routers", "embedded/*/README.md"),
     *((package, "py.typed") for package in PACKAGES),
 ]
