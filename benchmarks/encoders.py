@@ -27,7 +27,7 @@ from benchmarks.overhead import prompts
 from benchmarks.routers import FOLDS, TABLES, folds, load
 from evals.metrics import bootstrap_mean, chosen, paired_difference
 from routers.base import Query
-from routers.category_classifier import fit_classifier
+from routers.category_learning import fit_classifier
 from routers.encoders import get_encoder
 from routers.encoders.base import CachedEncoder
 from routers.encoders.minilm_export import model_folder
@@ -118,9 +118,9 @@ def measure_routers(
     joined = {key: np.concatenate(rows) for key, rows in scores.items()}
     lines: dict[str, dict[str, Any]] = {}
     for (name, method), row in joined.items():
-        line = _line(row, joined.get((REFERENCE, method), row))
+        line = _line(row, joined[REFERENCE, method])
         if chinese.any():
-            reference = joined.get((REFERENCE, method), row)[chinese]
+            reference = joined[REFERENCE, method][chinese]
             line["chinese"] = _line(row[chinese], reference)
         lines.setdefault(name, {})[method] = line
     for name, hits in named.items():
@@ -156,7 +156,7 @@ def measure_languages(table: OutcomeTable, names: list[str]) -> dict[str, dict[s
         for subject, languages in questions.items():
             for language, texts in languages.items():
                 for vector in encoder.encode(texts):
-                    found = subjects[int(classifier.logits(vector).argmax())]
+                    found = subjects[int(classifier.evidence(vector, "").logits.argmax())]
                     hits.setdefault(language, []).append(found == subject)
         right[name] = {language: float(np.mean(found)) for language, found in hits.items()}
     return right
@@ -233,15 +233,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
     command = "python -m benchmarks.encoders " + shlex.join(sys.argv[1:])
-    results: dict[str, Any] = {"ms": measure_times(arguments.encoders)}
+    names = list(dict.fromkeys([REFERENCE, *arguments.encoders]))
+    results: dict[str, Any] = {"ms": measure_times(names)}
     if arguments.data:
         results["tables"] = {}
         for name in arguments.tables:
             parts = list(folds(load(arguments.data, name), arguments.seed))
-            results["tables"][name] = measure_routers(parts, arguments.encoders, name)
+            results["tables"][name] = measure_routers(parts, names, name)
             write(command, results, arguments.out)
         languages = OutcomeTable.load(arguments.data / "mmlu_pro")
-        results["languages"] = measure_languages(languages, arguments.encoders)
+        results["languages"] = measure_languages(languages, names)
     write(command, results, arguments.out)
     print(markdown(command, results))
 

@@ -34,10 +34,13 @@ def cluster(
     """
     import numpy as np
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     distinct = len(np.unique(vectors, axis=0)) if len(vectors) <= 4096 else len(vectors)
     model = KMeans(min(n_clusters, distinct), n_init=1, random_state=random_state)
-    labels = model.fit_predict(vectors)
+    # Threads would add up their parts of a centre in the order in which they finish.
+    with threadpool_limits(1):
+        labels = model.fit_predict(vectors)
     centres = model.cluster_centers_
     lengths = np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
     return (centres / lengths).astype(np.float32), np.asarray(labels, np.intp)

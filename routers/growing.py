@@ -77,5 +77,6 @@ class GrowingRouter(VectorRouter):
                 kept = np.delete(old, models.index(name), axis=axes.index("models"))
                 setattr(self, f"{array}_", kept)
         self.models_ = [other for other in models if other != name]
+        self.measured = {other: of for other, of in self.measured.items() if other != name}
         self._ready()
         return self

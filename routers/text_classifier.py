@@ -78,7 +78,9 @@ class TextClassifier(torch.nn.Module):
 
         source = str(model_folder()) if model == MINILM else model
         try:
-            config = AutoConfig.from_pretrained(source, local_files_only=True)
+            # Said, since transformers would otherwise ask whether to run a checkpoint's code.
+            local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(source, **local)
             _check_size(model, config, layers, max_tokens)
             if layers is not None:
                 config.num_hidden_layers = layers
@@ -86,14 +88,14 @@ class TextClassifier(torch.nn.Module):
                 body, info = AutoModel.from_pretrained(
                     source,
                     config=config,
-                    local_files_only=True,
                     dtype=torch.float32,
                     attn_implementation="eager",
                     output_loading_info=True,
+                    **local,
                 )
             if lacking := [key for key in info["missing_keys"] if "pooler" not in key]:
                 raise ValueError(f"it lacks the weights {lacking[0]!r}")
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(source, **local)
             backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         except (OSError, ValueError, AttributeError) as exc:
             where = "" if model == MINILM or Path(model).is_dir() else " in the local hub cache"
@@ -274,7 +276,8 @@ def fine_tune(
             classifier.eval()
             logits_now = np.stack([classifier.logits(texts[row]) for row in checked])
             now = float(loss(torch.from_numpy(logits_now).float().to(device), held_out))
-            bar.set_postfix(held_out=f"{now:.4f}")
+            # A refresh would show the bar at once, whatever its delay.
+            bar.set_postfix(held_out=f"{now:.4f}", refresh=False)
             if now < best_loss or best_logits is None:
                 best, best_loss, best_epoch, best_logits = (
                     _copy(classifier),

@@ -122,8 +122,8 @@ def _update(
         rows=_add_rows(router, table, split) if table and rows else 0,
         added={name: _add_model(router, table, split, name) for name in added} if table else {},
     )
-    kept = {name: known for name, known in router.measured.items() if name not in removed}
-    router.measured = kept | (table.measured(split, added) if table else {})
+    if table:
+        router.measured = {**router.measured, **table.measured(split, added)}
     router.updates_.append(update)
     router.save(out)
 

@@ -17,7 +17,7 @@ DATA = [
     ("evals", "data/domains/LICENSE-*"),
     ("evals", "tasks/data/*.jsonl"),
     ("experts", "embedded/**/*.safetensors"),
-    ("routers", "embedded/coe/*.safetensors"),
+    ("routers", "embedded/auto/*.safetensors"),
     ("routers", "embedded/domains/*.safetensors"),
     ("routers", "embedded/*/README.md"),
     *((package, "py.typed") for package in PACKAGES),

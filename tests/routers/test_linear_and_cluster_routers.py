@@ -6,8 +6,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from routers.base import Query, RouterError
+from routers.clusters import cluster
 from routers.kmeans import KMeansRouter
 from routers.knn import KNNRouter
 from routers.nexus import NexusRouter
@@ -90,6 +92,16 @@ def test_ridge_refuses_what_does_not_fit():
         router.add_model("new", ["one"], [np.nan])
     with pytest.raises(RouterError, match="cannot remove"):
         router.remove_model("nobody")
+
+
+def test_centres_have_the_same_bits_on_any_number_of_cores():
+    vectors = np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = set()
+    for cores in (1, 2, 4):
+        with threadpool_limits(cores):
+            found.add(cluster(vectors, 16, 0)[0].tobytes())
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("make", [RidgeRouter, KNNRouter, KMeansRouter, UniRouteRouter])

@@ -137,6 +137,20 @@ def test_the_manifest_tells_what_was_changed(ridge, table, tmp_path):
     assert manifest.table_sha256 == read_manifest(ridge).table_sha256
 
 
+def test_what_was_measured_follows_the_models(table, tmp_path):
+    cells = np.ones((len(table.prompts), 1))
+    numbers = {"score": table.scores("all"), "output_tokens": cells * [10.0, 20.0, 30.0]}
+    measured = OutcomeTable(table.prompts, models=MODELS, numbers=numbers)
+    path = _written(measured, tmp_path / "table")
+    RidgeRouter(encoder="hashing").fit(measured.restricted_to(OLD)).save(tmp_path / "old")
+    arguments = [tmp_path / "old", "--table", path, "--remove-model", "cook"]
+    found = _updated(tmp_path, *arguments).measured
+    assert {name: one.output_tokens for name, one in found.items()} == {
+        "generalist": 20.0,
+        "lawyer": 30.0,
+    }
+
+
 def test_a_removed_model_may_join_again_by_other_scores(ridge, table, tmp_path):
     path = _written(table, tmp_path / "table")
     arguments = [ridge, "--table", path, "--split", "validation", "--remove-model", "cook"]
