@@ -54,17 +54,6 @@ def sizes_of(table: OutcomeTable) -> NDArray[np.float64]:
     return np.array([table.cards[name]["active_params_b"] for name in table.models], np.float64)
 
 
-class OneClassifier(CoERouter):
-    """Trains its classifier once: budgets change nothing but the table."""
-
-    _made: Any = None
-
-    def _classifier(self, *given: Any) -> Any:
-        if self._made is None:
-            self._made = super()._classifier(*given)
-        return self._made
-
-
 def decided(
     parts: list[OutcomeTable], budgets: list[float]
 ) -> dict[str, dict[float, dict[str, Any]]]:
@@ -79,7 +68,7 @@ def decided(
         soft = CoERouter().fit(table)
         known = soft.predict([Query(text) for text in learnt.texts], table.models).quality
         quality = soft.predict(queries, table.models).quality
-        router = OneClassifier()
+        router = CoERouter()
         bar.update()
         for budget in budgets:
             policy = BudgetPolicy(type="budget", cost="active_params_b", max_mean_cost=budget)

@@ -5,8 +5,9 @@
 
 ``DIR`` holds ``clinc150`` and the tables of ``benchmarks.routers``. Three questions:
 
-* Are in-scope texts of ``clinc150`` told from out-of-scope ones, none of which it learnt from?
-* Are prompts of an ``mmlu_pro`` category told from others, when that category was left out?
+* Are in-scope texts of ``clinc150`` told from out-of-scope ones, of which it learnt from none? It
+  is calibrated on in-scope validation texts, so ``--split test`` alone is fair to the last digit.
+* Are training prompts of an ``mmlu_pro`` category, all left out of training, told from others?
 * Is the probability of the category calibrated, and do the likely ones cover the true one?
 """
 
@@ -139,7 +140,8 @@ def markdown(command: str, found: dict[str, Any], split: str | None) -> str:
         "",
         f"`{command}`; 95% intervals. AUROC: the chance that a text from inside looks more at home "
         "than one from outside. Familiarity is what `coe` reports; confidence is the probability "
-        "of the likeliest category, for comparison.",
+        "of the likeliest category, for comparison. Outside of `mmlu_pro` are the training prompts "
+        "of the category that was left out.",
         "",
         "## Texts unlike all it learnt",
         "",

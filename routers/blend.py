@@ -109,7 +109,7 @@ class BlendRouter(CombinedRouter):
         scored = {
             name: _nested(make, predictions, rows.scores, fold_of) for name, make in makers.items()
         }
-        means = {name: float(np.nanmean(values)) for name, values in scored.items()}
+        means = {name: _mean(values) for name, values in scored.items()}
         best = max(means, key=lambda name: means[name])
         taken = next(
             name
@@ -206,9 +206,9 @@ def _greedy(predictions: NDArray[np.float64], scores: NDArray[np.float64]) -> ND
 
     counts = np.zeros(len(predictions))
     total = np.zeros(scores.shape)
-    best_counts, best = counts, -1.0
+    best_counts, best = np.ones(len(predictions)), -1.0
     for _ in range(GREEDY_ROUNDS):
-        reached = [float(np.nanmean(_got(total + one, scores))) for one in predictions]
+        reached = [_mean(_got(total + one, scores)) for one in predictions]
         number = int(np.argmax(reached))
         counts = counts + np.eye(len(predictions))[number]
         total = total + predictions[number]
@@ -222,6 +222,13 @@ def _got(quality: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[n
     import numpy as np
 
     return np.asarray(scores[np.arange(len(scores)), quality.argmax(axis=1)])
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Mean score; -1, less than any, where nothing that was chosen was run."""
+    import numpy as np
+
+    return float(np.nanmean(values)) if not np.isnan(values).all() else -1.0
 
 
 def _nested(

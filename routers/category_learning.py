@@ -86,11 +86,12 @@ def learn_categories(
         each = zip(inside.vectors, inside.texts, strict=True)
         seen = Evidence.of([classifier.evidence(vector, text) for vector, text in each])
         return classifier, HeldOut(seen, np.array(found, np.intp), inside.scores)
-    chosen = _sample(len(labels), CALIBRATION_ROWS, rng)
+    # Texts without scores come last; they are learnt from, but nothing is decided on them.
+    further = len(rows) + _sample(len(labels) - len(rows), CALIBRATION_ROWS, rng)
+    chosen = np.append(_sample(len(rows), CALIBRATION_ROWS, rng), further)
     seen = out_of_fold(
         vectors[chosen], labels[chosen], categories, C=C, folds=FOLDS, random_state=random_state
     )
-    # Texts without scores come last; they are learnt from, but nothing is decided on them.
     scored = chosen < len(rows)
     scores = None
     if classifier.ngrams is not None:

@@ -145,6 +145,10 @@ def print_manifest(out: Path, as_json: bool) -> None:
             click.echo(f"learnt     {update.rows} more prompts")
         for name, prompts in update.added.items():
             click.echo(f"added      {name} by {prompts} prompts")
+    if chosen := manifest.metrics.get("chosen"):
+        click.echo(f"chosen     {chosen}: {manifest.metrics.get('reason')}")
+    for name, reason in manifest.metrics.get("skipped", {}).items():
+        click.echo(f"left out   {name}: {reason}")
     for name, value in {**manifest.state, **manifest.metrics}.items():
         if isinstance(value, int | float):
             click.echo(f"{name:<32} {value:.4g}")

@@ -26,7 +26,7 @@ def cluster(
 
     Args:
         vectors: Shape (n_rows, width), each of length 1.
-        n_clusters: How many; no more than there are different rows are made.
+        n_clusters: How many; of up to 4,096 rows no more than there are different ones.
         random_state: Seed of the initial centres.
 
     Returns:

@@ -311,7 +311,8 @@ class CoERouter(VectorRouter):
             active_params_b=None if active is None else _sizes(rows, "active_params_b"),
             max_active_params_b=active,
         )
-        best = table[np.arange(len(table)), picks]
+        # Never 0: an expert that was always wrong must not tie with those outside the plan.
+        best = np.maximum(table[np.arange(len(table)), picks], BELOW_PICK)
         planned = np.minimum(table, best[:, None] - BELOW_PICK)
         planned[np.arange(len(table)), picks] = best
         return np.asarray(planned.clip(0.0))

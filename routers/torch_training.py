@@ -87,6 +87,9 @@ class GradientRouter(VectorRouter):
         learnt, checked = torch.where(~held_out)[0], torch.where(held_out)[0]
         if not len(checked) or not len(learnt):
             learnt = checked = torch.arange(n_rows)
+        with torch.no_grad():
+            if not torch.isfinite(loss(checked)):  # no held-out row has a score
+                learnt = checked = torch.arange(n_rows)
         optimiser = torch.optim.AdamW(
             module.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
         )
@@ -101,7 +104,8 @@ class GradientRouter(VectorRouter):
                 for rows in order.split(BATCH_ROWS):
                     optimiser.zero_grad()
                     value = loss(rows)
-                    if value.requires_grad:
+                    # Rows without any score have no loss.
+                    if value.requires_grad and torch.isfinite(value):
                         value.backward()
                         optimiser.step()
                 module.eval()

@@ -206,19 +206,3 @@ def test_mistakes_exit_with_2_and_one_line(ridge, table, tmp_path, arguments, me
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
-
-
-def test_what_is_known_of_answers_joins_and_leaves_with_the_model(table, tmp_path):
-    seconds = np.tile([1.0, 2.0, 3.0], (len(table.prompts), 1))
-    numbers = {"score": table.scores("all"), "latency_s": seconds}
-    timed = OutcomeTable(table.prompts, models=MODELS, numbers=numbers)
-    RidgeRouter(encoder="hashing").fit(timed.restricted_to(OLD)).save(tmp_path / "ridge")
-    folder = _written(timed, tmp_path / "table")
-    router = _updated(
-        tmp_path, tmp_path / "ridge", "--table", folder, "--remove-model", "cook",
-        "--add-model", "lawyer",
-    )  # fmt: skip
-    assert {name: known.latency_s for name, known in router.measured.items()} == {
-        "generalist": 2.0,
-        "lawyer": 3.0,
-    }
