@@ -133,7 +133,8 @@ def pool(table: OutcomeTable, kind: Costs) -> list[str]:
     """The models on the training rows' frontier of cost and score, and the best by score."""
     costs, scores = cells(table, kind, "train", table.models), table.scores("train")
     known = [j for j in range(len(table.models)) if np.isnan(costs[:, j]).mean() < 0.5]
-    points = {j: Point(np.nanmean(costs[:, j]), np.nanmean(scores[:, j])) for j in known}
+    means = np.nanmean(costs, axis=0).tolist(), np.nanmean(scores, axis=0).tolist()
+    points = {j: Point(means[0][j], means[1][j]) for j in known}
     best = sorted(known, key=lambda j: -points[j].score)[:BEST_MODELS]
     frontier = pareto_frontier(list(points.values()))
     return [table.models[j] for j in known if j in best or points[j] in frontier]
@@ -165,7 +166,7 @@ def curves_of(
     bar = tqdm(total=len(parts) * len(methods), unit="router", delay=2)
     for table in parts:
         scores, costs = table.scores("test"), cells(table, kind, "test", models)
-        whole = ~np.isnan(scores + costs).any(axis=1)
+        whole = np.asarray(~np.isnan(scores + costs).any(axis=1))
         texts = [text for text, kept in zip(table.with_prompts_of("test").texts, whole, strict=True)
                  if kept]  # fmt: skip
         scores, costs = scores[whole], costs[whole]

@@ -28,12 +28,11 @@ from benchmarks.routers import FOLDS, TABLES, folds, load
 from evals.metrics import bootstrap_mean, chosen, paired_difference
 from routers.base import Query
 from routers.category_learning import fit_classifier
+from routers.combined import make_member
 from routers.encoders import get_encoder
 from routers.encoders.base import CachedEncoder
 from routers.encoders.minilm_export import model_folder
 from routers.outcomes import OutcomeTable
-from routers.params import parse_settings
-from routers.registry import get_router_class
 
 # What the others are compared with: the default encoder before quantisation.
 REFERENCE = "minilm-l2-fp32"
@@ -103,13 +102,12 @@ def measure_routers(
             queries = [Query(text) for text in texts.texts]
             for name in names:
                 for method in METHODS:
-                    kind, *settings = method.split()
-                    router = get_router_class(kind)(encoder=name, **parse_settings(settings))
+                    router = make_member(f"{method} encoder={name}")
                     prediction = router.fit(part).predict(queries, part.models)
                     choice = prediction.quality.argmax(axis=1).astype(np.intp)
                     row = chosen(part.scores("test"), choice)
                     scores.setdefault((name, method), []).append(row)
-                    if kind == "coe" and texts.categories:
+                    if router.method == "coe" and texts.categories:
                         found = [e.category for e in prediction.explanations]
                         pairs = zip(found, texts.categories, strict=True)
                         named.setdefault(name, []).extend(a == b for a, b in pairs)
@@ -118,7 +116,7 @@ def measure_routers(
     joined = {key: np.concatenate(rows) for key, rows in scores.items()}
     lines: dict[str, dict[str, Any]] = {}
     for (name, method), row in joined.items():
-        line = _line(row, joined[REFERENCE, method])
+        line: dict[str, Any] = _line(row, joined[REFERENCE, method])
         if chinese.any():
             reference = joined[REFERENCE, method][chinese]
             line["chinese"] = _line(row[chinese], reference)

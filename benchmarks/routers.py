@@ -121,7 +121,7 @@ def run(
         rows |= {name: chosen(scores, choice) for name, choice in choices.items()}
         for name, row in rows.items():
             values.setdefault(name, []).append(row)
-    lines = {}
+    lines: dict[str, dict[str, Any]] = {}
     for name, found in values.items():
         joined = np.concatenate(found)
         mean = bootstrap_mean(joined)

@@ -48,8 +48,8 @@ def measure(folder: Path, method: str, encoder: str) -> tuple[float, float, floa
     """Seconds to train and to judge, and the most memory used, in GiB."""
     from evals.decisions import decide
     from evals.evaluate import judge
+    from routers.combined import make_member
     from routers.encoders import get_encoder
-    from routers.registry import get_router_class
 
     table = OutcomeTable.load(folder)
     vectors = get_encoder(encoder).encode(table.prompts.texts)
@@ -59,7 +59,7 @@ def measure(folder: Path, method: str, encoder: str) -> tuple[float, float, floa
         [known[text] if text in known else known[text.rstrip()] for text in texts]
     ).reshape(len(texts), vectors.shape[1])
     started = time.perf_counter()
-    router = get_router_class(method)(encoder=encoder).fit(table)
+    router = make_member(f"{method} encoder={encoder}").fit(table)
     trained = time.perf_counter()
     made = decide(method, router, table, split="all", candidates=table.models)
     judge([made], table, split="all")
