@@ -73,7 +73,7 @@ def test_changed_arrays_are_refused(artefact):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "knnn"}, "unknown router 'knnn'; known: 'best_single', 'blend', "),
+        ({"method": "knnn"}, "unknown router 'knnn'; known: 'bert', 'best_single', "),
         ({"method": "os:system"}, "unknown router 'os:system'; known:"),
         (
             {"method": "random"},
@@ -136,7 +136,7 @@ def test_failed_save_leaves_the_old_artefact(artefact):
 
 def test_unknown_names_list_the_known_ones():
     message = _message(lambda: get_router_class("knnn"))
-    assert message.startswith("unknown router 'knnn'; known: 'best_single', 'blend', ")
+    assert message.startswith("unknown router 'knnn'; known: 'bert', 'best_single', ")
     assert message.endswith(", 'uniroute' (or give \"module:Class\")")
 
 
