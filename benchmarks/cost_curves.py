@@ -45,7 +45,8 @@ from evals.metrics import (
     perf_gain,
 )
 from evals.svg import Plot
-from orchestrator.policies import CostUnit, UtilityPolicy, expected_usd
+from orchestrator.costs import CostUnit, ExpectedCosts
+from orchestrator.policies import UtilityPolicy
 from orchestrator.pool import CHARACTERS_PER_TOKEN
 from routers.base import Query
 from routers.outcomes import OutcomeTable
@@ -150,7 +151,7 @@ def cells(
     if not np.isnan(costs).all():
         return costs
     tokens = [len(text) // CHARACTERS_PER_TOKEN for text in table.with_prompts_of(split).texts]
-    return expected_usd([table.card(name) for name in models], tokens, {})
+    return ExpectedCosts.of([table.card(name) for name in models]).usd(tokens)
 
 
 def curves_of(

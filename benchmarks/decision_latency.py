@@ -29,7 +29,8 @@ from benchmarks.encoders import forget, texts_of
 from experts.types import ChatRequest, Message
 from orchestrator.config import parse_config
 from orchestrator.core import Orchestrator
-from orchestrator.policies import UtilityPolicy, expected_costs, expected_usd
+from orchestrator.costs import ExpectedCosts
+from orchestrator.policies import UtilityPolicy
 from routers.base import Query
 from routers.combined import make_member
 from routers.fitted import FittedRouter
@@ -74,7 +75,7 @@ async def measure(
     router: FittedRouter, orchestrator: Orchestrator, encoder: str, texts: list[str]
 ) -> dict[str, dict[str, float]]:
     """Milliseconds by what is done."""
-    cards = [orchestrator.cards[name] for name in router.models]
+    costs = ExpectedCosts.of([orchestrator.cards[name] for name in router.models])
     policy = UtilityPolicy(cost_quality=COST_QUALITY)
     clocks: dict[str, list[tuple[float, float]]] = {
         "predict": [], "choose": [], "known": [], "decide": []
@@ -85,8 +86,7 @@ async def measure(
         quality = router.predict([Query(text)], router.models).quality
         if what == "choose":
             clocks["predict"].append(_since(started))
-        usd = expected_usd(cards, [len(text) / 4], {})
-        policy.choices(router.models, quality, expected_costs(cards, usd, {}, "usd"))
+        policy.choices(router.models, quality, costs.usd([len(text) / 4]))
         clocks[what].append(_since(started))
 
     for what in ("choose", "known"):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from evals.decisions import allowed_positions, decide, expected_of
 from evals.evaluate import judge
 from evals.metrics import Estimate
+from orchestrator.costs import cost_unit
 from orchestrator.policies import (
     BudgetPolicy,
     Policy,
     ThresholdPolicy,
     TopPPolicy,
-    cost_unit,
     order_by_utility,
 )
 from routers.base import Query, Router, RouterError
@@ -84,7 +84,7 @@ def calibrate(
     if isinstance(policy, BudgetPolicy):
         # A price is worth nothing without its unit, and a service may know other costs.
         cards = [table.card(name) for name in names]
-        unit = cost_unit(policy, cards, getattr(router, "measured", {}))
+        unit = cost_unit(policy.cost, cards, getattr(router, "measured", {}))
         policy = policy.model_copy(update={"cost": unit})
         number: dict[str, float] = {"price": find_price(policy, names, quality, costs)}
     elif isinstance(policy, ThresholdPolicy):

@@ -10,14 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.policies import (
-    Policy,
-    UtilityPolicy,
-    cost_unit,
-    expected_costs,
-    expected_usd,
-    order_by_utility,
-)
+from orchestrator.costs import ExpectedCosts, cost_unit
+from orchestrator.policies import Policy, UtilityPolicy, order_by_utility
 from orchestrator.pool import CHARACTERS_PER_TOKEN
 from routers.base import Explanation, Measured, Query, Router, RouterError
 from routers.outcomes import OutcomeTable, Prompts
@@ -193,8 +187,8 @@ def expected_of(
     cards = [table.card(model) for model in candidates]
     measured: Mapping[str, Measured] = getattr(router, "measured", {})
     tokens = [len(text) // CHARACTERS_PER_TOKEN for text in texts]
-    unit = cost_unit(policy, cards, measured)
-    return expected_costs(cards, expected_usd(cards, tokens, measured), measured, unit)
+    expected = ExpectedCosts.of(cards, measured, cost_unit(policy.cost, cards, measured))
+    return expected.in_unit(expected.usd(tokens))
 
 
 def allowed_positions(

@@ -23,7 +23,8 @@ from evals.metrics import (
     paired_difference,
     random_scores,
 )
-from orchestrator.policies import CostUnit, Policy, expected_usd
+from orchestrator.costs import CostUnit, ExpectedCosts
+from orchestrator.policies import Policy
 from orchestrator.pool import CHARACTERS_PER_TOKEN
 from routers.baselines import category_table_choice
 from routers.outcomes import OutcomeTable, Prompts
@@ -146,7 +147,7 @@ def _costs(
         priced = any(card.input_usd_per_mtok or card.output_usd_per_mtok for card in cards)
         if np.isnan(costs).all() and priced:
             tokens = [len(text) // CHARACTERS_PER_TOKEN for text in prompts.texts]
-            return expected_usd(cards, tokens, {}), "expected USD"
+            return ExpectedCosts.of(cards).usd(tokens), "expected USD"
         if unit == "usd" or not np.isnan(costs).all():
             return costs, "USD"
     sizes = [card.active_params_b or card.total_params_b or float("nan") for card in cards]

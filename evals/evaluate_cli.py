@@ -9,7 +9,8 @@ from typing import get_args
 import click
 
 from evals.policy_files import read_policy
-from orchestrator.policies import CostUnit, UtilityPolicy
+from orchestrator.costs import CostUnit
+from orchestrator.policies import UtilityPolicy
 from routers.base import Router, RouterError
 from routers.cli import TABLE_OPTION
 

@@ -20,20 +20,15 @@ from orchestrator.config import (
     RouteConfig,
     StaticRouterConfig,
 )
+from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
-from orchestrator.policies import (
-    CostUnit,
-    cost_unit,
-    expected_costs,
-    expected_usd,
-    order_by_utility,
-)
+from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
-from routers.base import Measured, Prediction, Query, Router, RouterError
+from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
 
 __all__ = ["Orchestrator", "load_routers"]
@@ -53,8 +48,7 @@ class _Route:
     strategy: Strategy
     experts: tuple[str, ...]
     excluded: Mapping[str, str]
-    measured: Mapping[str, Measured]
-    unit: CostUnit
+    costs: ExpectedCosts
 
 
 def load_routers(config: CollegiumConfig) -> dict[str, Router]:
@@ -105,6 +99,7 @@ class Orchestrator:
             name: _build_route(name, route, routers[route.router], self.cards)
             for name, route in config.routes.items()
         }
+        self._named_costs = {n: ExpectedCosts.of([card]) for n, card in self.cards.items()}
         self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
         self._single = SingleStrategy()
 
@@ -161,8 +156,8 @@ class Orchestrator:
         pool, excluded = split_pool(request, [self.cards[name]])
         if not pool:
             raise EmptyPoolError(name, excluded)
-        usd = expected_usd(
-            pool, [estimated_prompt_tokens(request)], {}, token_limit=request.token_limit
+        usd = self._named_costs[name].usd(
+            [estimated_prompt_tokens(request)], token_limit=request.token_limit
         )
         return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=float(usd[0, 0])),))
 
@@ -233,8 +228,10 @@ def _build_route(
         if isinstance(route.strategy, FallbackStrategyConfig)
         else SingleStrategy()
     )
-    unit = cost_unit(route.policy, [cards[expert] for expert in allowed], measured)
-    return _Route(route, router, strategy, allowed, excluded, measured, unit)
+    able = [cards[expert] for expert in allowed]
+    unit = cost_unit(route.policy.cost, able, measured)
+    costs = ExpectedCosts.of(able, measured, unit)
+    return _Route(route, router, strategy, allowed, excluded, costs)
 
 
 def _decision(
@@ -249,13 +246,9 @@ def _decision(
     if not 0 <= knob <= 1:
         raise BadRequestError(f"cost_quality must be from 0 to 1, got {knob:g}", "cost_quality")
     policy, names = route.config.policy, [card.name for card in pool]
-    usd = expected_usd(
-        pool,
-        [estimated_prompt_tokens(request)],
-        route.measured,
-        token_limit=request.token_limit,
-    )
-    costs = expected_costs(pool, usd, route.measured, route.unit)
+    expected = route.costs.only(names)
+    usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
+    costs = expected.in_unit(usd)
     utilities = policy.utilities(names, prediction.quality, costs, cost_quality=knob)[0].tolist()
     quality = prediction.quality[0].tolist()
     candidates = tuple(

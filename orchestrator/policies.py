@@ -18,11 +18,12 @@ row, an evaluation on thousands, with the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from experts.types import ExpertCard
+from orchestrator.costs import CostUnit, cost_per_answer, cost_unit, typical
 from orchestrator.strict import StrictModel
 from routers.base import Measured
 
@@ -32,23 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetPolicy",
-    "CostUnit",
     "Policy",
     "PolicyConfig",
     "ThresholdPolicy",
     "TopPPolicy",
     "UtilityPolicy",
-    "cost_unit",
-    "expected_costs",
-    "expected_usd",
     "order_by_utility",
     "relative_costs",
 ]
-
-# What is assumed of an answer nobody has seen yet, of an expert nobody has measured.
-TYPICAL_ANSWER_TOKENS = 256
-
-CostUnit = Literal["usd", "active_params_b", "latency_s"]
 
 
 class Policy(StrictModel):
@@ -106,7 +98,7 @@ class Policy(StrictModel):
             if ceiling is None:
                 continue
             for card in cards:
-                found = _typical(card, field, measured)
+                found = typical(card, field, measured)
                 if found is None:
                     raise ValueError(
                         f"max_{field} needs {field!r} of every expert, and nobody knows that of "
@@ -215,10 +207,10 @@ class BudgetPolicy(Policy):
         """As of all policies; an expert of unknown cost would pass for one that is free."""
         reasons = super().excluded(cards, measured)
         kept = [card for card in cards if card.name not in reasons]
-        unit = cost_unit(self, kept, measured)
+        unit = cost_unit(self.cost, kept, measured)
         for card in kept:
             # A price of 0 is a price, as of an expert of one's own; but not if nobody has another.
-            if unit != "usd" and _cost(card, unit, measured) is None:
+            if unit != "usd" and cost_per_answer(card, unit, measured) is None:
                 raise ValueError(
                     f"a budget in {unit} needs that of every expert, and nobody knows it of "
                     f"{card.name!r}"
@@ -350,92 +342,6 @@ def order_by_utility(utilities: Sequence[float], costs: Sequence[float]) -> list
     return sorted(range(len(utilities)), key=lambda j: (-utilities[j], costs[j], j))
 
 
-def expected_usd(
-    cards: Sequence[ExpertCard],
-    prompt_tokens: Sequence[float],
-    measured: Mapping[str, Measured],
-    *,
-    token_limit: float | None = None,
-) -> NDArray[np.float64]:
-    """What requests are expected to cost, in US dollars, shape (n_requests, n_candidates).
-
-    Prices of the cards times the prompt's tokens and those of the expert's mean answer; the mean
-    cost that was measured where an expert has no price.
-
-    Args:
-        cards: Of the candidates.
-        prompt_tokens: Of each request.
-        measured: What is known of experts' answers, by name.
-        token_limit: Tokens that answers may have.
-    """
-    import numpy as np
-
-    prices = [(card.input_usd_per_mtok, card.output_usd_per_mtok) for card in cards]
-    into, out = np.array(prices, np.float64).reshape(-1, 2).T / 1e6
-    known = [measured.get(card.name, Measured()) for card in cards]
-    answers = np.array([one.output_tokens or TYPICAL_ANSWER_TOKENS for one in known], np.float64)
-    if token_limit is not None:
-        answers = np.minimum(answers, token_limit)
-    stated = np.array([one.cost_usd or 0.0 for one in known])
-    priced = np.asarray(prompt_tokens, np.float64)[:, None] * into + answers * out
-    return np.where((into > 0) | (out > 0), priced, stated)
-
-
-def expected_costs(
-    cards: Sequence[ExpertCard],
-    usd: NDArray[np.float64],
-    measured: Mapping[str, Measured],
-    unit: CostUnit,
-) -> NDArray[np.float64]:
-    """Costs of candidates in a policy's unit.
-
-    Args:
-        cards: Of the candidates.
-        usd: Expected, shape (n_requests, n_candidates); see ``expected_usd``.
-        measured: What is known of experts' answers, by name.
-        unit: What costs are.
-
-    Returns:
-        Same shape as ``usd``; 0 where unknown.
-    """
-    import numpy as np
-
-    if unit == "usd":
-        return usd
-    column = [_cost(card, unit, measured) or 0.0 for card in cards]
-    return np.zeros_like(usd) + np.array(column, np.float64)
-
-
-def cost_unit(
-    policy: Policy, cards: Sequence[ExpertCard], measured: Mapping[str, Measured]
-) -> CostUnit:
-    """The policy's unit of cost, the same for all requests to the same experts.
-
-    Where the policy leaves it open: US dollars if anybody has a price, else active parameters,
-    which are what a self-hosted expert costs in compute, and where these are unknown too the
-    latency.
-
-    Args:
-        policy: The policy.
-        cards: Of all experts it may choose.
-        measured: What is known of experts' answers, by name.
-    """
-    if policy.cost is not None:
-        return policy.cost
-    units: tuple[CostUnit, ...] = get_args(CostUnit)
-    return next((u for u in units if any(_cost(card, u, measured) for card in cards)), "usd")
-
-
-def _cost(card: ExpertCard, unit: CostUnit, measured: Mapping[str, Measured]) -> float | None:
-    """A card's cost, or for US dollars a number that is 0 or none where it has no price."""
-    if unit == "usd":
-        stated = measured.get(card.name, Measured()).cost_usd
-        return card.input_usd_per_mtok or card.output_usd_per_mtok or stated
-    if unit == "active_params_b":
-        return card.active_params_b or card.total_params_b
-    return _typical(card, "latency_s", measured)
-
-
 def relative_costs(costs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Costs on a scale where each request's dearest candidate has 1; same shape."""
     import numpy as np
@@ -448,12 +354,3 @@ def _known(number: float | None) -> float:
     if number is None:
         raise ValueError("the policy is not calibrated yet; run 'collegium calibrate'")
     return number
-
-
-def _typical(card: ExpertCard, field: str, measured: Mapping[str, Measured]) -> float | None:
-    """What the card says, else what was measured while the router was trained."""
-    stated: float | None = getattr(card, field)
-    if stated is not None:
-        return stated
-    found: float | None = getattr(measured.get(card.name), field, None)
-    return found

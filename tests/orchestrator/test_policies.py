@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from experts.types import ExpertCard
+from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.policies import (
     BudgetPolicy,
     Policy,
@@ -14,9 +15,6 @@ from orchestrator.policies import (
     ThresholdPolicy,
     TopPPolicy,
     UtilityPolicy,
-    cost_unit,
-    expected_costs,
-    expected_usd,
     order_by_utility,
     relative_costs,
 )
@@ -121,11 +119,11 @@ def test_a_policy_survives_its_own_dump(policy):
 
 def test_expected_cost_counts_prompt_and_answer():
     cards = [ExpertCard(name="a", input_usd_per_mtok=2, output_usd_per_mtok=8)]
-    assert expected_usd(cards, [1000], {}, token_limit=100)[0, 0] == pytest.approx(0.0028)
+    assert ExpectedCosts.of(cards).usd([1000], token_limit=100)[0, 0] == pytest.approx(0.0028)
     measured = {"a": Measured(output_tokens=50)}
-    assert expected_usd(cards, [1000], measured)[0, 0] == pytest.approx(0.0024)
+    assert ExpectedCosts.of(cards, measured).usd([1000])[0, 0] == pytest.approx(0.0024)
     unpriced = [ExpertCard(name="b")]
-    assert expected_usd(unpriced, [1000], {"b": Measured(cost_usd=0.5)})[0, 0] == 0.5
+    assert ExpectedCosts.of(unpriced, {"b": Measured(cost_usd=0.5)}).usd([1000])[0, 0] == 0.5
 
 
 def test_the_dearest_candidate_has_cost_one():
@@ -137,16 +135,19 @@ def test_active_parameters_then_latency_stand_in_for_missing_prices():
         ExpertCard(name="a", total_params_b=8),
         ExpertCard(name="b", total_params_b=30, active_params_b=2, latency_s=3),
     ]
-    nothing, open_unit = np.zeros((1, 2)), UtilityPolicy()
-    assert cost_unit(open_unit, cards, {}) == "active_params_b"
-    assert expected_costs(cards, nothing, {}, "active_params_b")[0].tolist() == [8.0, 2.0]
-    assert cost_unit(UtilityPolicy(cost="latency_s"), cards, {}) == "latency_s"
-    assert expected_costs(cards, nothing, {}, "latency_s")[0].tolist() == [0.0, 3.0]
-    assert cost_unit(open_unit, cards, {"a": Measured(cost_usd=0.1)}) == "usd"
-    assert expected_costs(cards, nothing + 1, {}, "usd")[0].tolist() == [1.0, 1.0]
+    nothing = np.zeros((1, 2))
+    assert cost_unit(None, cards, {}) == "active_params_b"
+    assert ExpectedCosts.of(cards, {}, "active_params_b").in_unit(nothing)[0].tolist() == [8.0, 2.0]
+    assert cost_unit("latency_s", cards, {}) == "latency_s"
+    assert ExpectedCosts.of(cards, {}, "latency_s").in_unit(nothing)[0].tolist() == [0.0, 3.0]
+    assert cost_unit(None, cards, {"a": Measured(cost_usd=0.1)}) == "usd"
+    assert ExpectedCosts.of(cards, {}, "usd").in_unit(nothing + 1)[0].tolist() == [1.0, 1.0]
     unknown, measured = [ExpertCard(name="c"), ExpertCard(name="d")], {"d": Measured(latency_s=2)}
-    assert cost_unit(open_unit, unknown, measured) == "latency_s"
-    assert expected_costs(unknown, nothing, measured, "latency_s")[0].tolist() == [0.0, 2.0]
+    assert cost_unit(None, unknown, measured) == "latency_s"
+    assert ExpectedCosts.of(unknown, measured, "latency_s").in_unit(nothing)[0].tolist() == [
+        0.0,
+        2.0,
+    ]
 
 
 def test_a_budget_refuses_experts_of_unknown_cost():
