@@ -62,13 +62,16 @@ CLINC150 = {
     "spelling": "language",
 }
 
+# Where the answers to choose from begin.
+FIRST_OPTION = "\n(A) "
+
 
 def rows(data: Path) -> Iterator[tuple[str, str, str, str]]:
     """Domain, source, split and text of every usable row."""
     for row in pq.read_table(data / "mmlu_pro" / "prompts.parquet").to_pylist():
         if domain := MMLU_PRO.get(row["category"]):
             # Half without options, so that these are no sign of a domain.
-            question = row["text"].split("\n(A) ")[0]
+            question = row["text"].split(FIRST_OPTION)[0]
             kept = row["text"] if _draw(row["text"]) % 2 else question
             yield domain, "mmlu_pro", row["split"], kept
     for row in pq.read_table(data / "nine_mixed" / "prompts.parquet").to_pylist():
@@ -85,12 +88,12 @@ def _draw(text: str) -> int:
 
 
 def chosen(data: Path) -> Iterator[tuple[str, str, str, str]]:
-    """The rows of the table: no text twice, and so many of each domain and split."""
+    """The rows of the table: no question twice, and so many of each domain and split."""
     seen: set[str] = set()
     groups: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    # The test split first: a text that is in two splits is kept there, and learnt from nowhere.
+    # The test split first: a question that is in two splits is kept there, and learnt from nowhere.
     for domain, source, split, text in sorted(rows(data), key=lambda row: (row[2], _draw(row[3]))):
-        key = " ".join(text.lower().split())
+        key = " ".join(text.split(FIRST_OPTION)[0].lower().split())
         if key not in seen:
             seen.add(key)
             groups[domain, split][source].append(text)
