@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from routers.base import Explanation, Query, RouterError
 from routers.calibration import fit_platt, sigmoid
 from routers.category_classifier import expected_calibration_error
-from routers.combined import CombinedRouter, make_member, table_of
+from routers.combined import CombinedRouter, fit_member, make_member, table_of
 from routers.fitted import FittedRouter, TrainingRows
 from routers.folds import stratified_folds
 from routers.params import check_number
@@ -118,8 +118,7 @@ class BlendRouter(CombinedRouter):
         )
         weights = makers[taken](predictions, rows.scores)
         used = [number for number, weight in enumerate(weights) if weight > 0]
-        everything = table_of(rows, np.arange(len(rows)))
-        self.members_ = [make_member(names[number]).fit(everything) for number in used]
+        self.members_ = [fit_member(names[number], rows) for number in used]
         self.weights_ = weights[used] / weights[used].sum()
         mixed = np.tensordot(self.weights_, predictions[used], axes=1)
         slope, biases = fit_platt(_logit(mixed).reshape(-1, 1), rows.scores.reshape(-1, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routers.combined import CombinedRouter, make_member, table_of
+from routers.combined import CombinedRouter, fit_member, table_of
 from routers.encoders import DEFAULT_ENCODER
 from routers.fitted import TrainingRows
 from routers.knn import KNNRouter
@@ -55,11 +55,10 @@ class C3PORouter(CombinedRouter):
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
 
-        everything = np.arange(len(rows))
-        base = make_member(self.base).fit(table_of(rows, everything))
+        base = fit_member(self.base, rows)
         solved = np.flatnonzero(np.nan_to_num(rows.scores).max(axis=1) >= SOLVED)
         neighbours = KNNRouter(encoder=self.encoder, k=self.k, shrinkage=1.0).fit(
-            table_of(rows, solved if len(solved) else everything)
+            table_of(rows, solved if len(solved) else np.arange(len(rows)))
         )
         kept = [name for name in rows.models if name in neighbours.models]
         self.members_ = [base, neighbours] if kept == rows.models else [base]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from routers.calibration import best_temperature
@@ -101,10 +102,9 @@ class CategoryClassifier:
         """What is seen in one text."""
         import numpy as np
 
-        # Products summed per row, not a matrix product: BLAS picks its kernel, hence the order of
-        # additions, by the shape of the batch.
-        logits = (self.weights * vector).sum(axis=1) + self.biases
-        similarity = np.asarray((self.centroids * vector).sum(axis=1).max())
+        # Not a matrix product: BLAS orders additions by how many threads are free.
+        logits = np.einsum("cw,w->c", self.weights, vector) + self.biases
+        similarity = np.asarray(np.einsum("cw,w->c", self.centroids, vector).max())
         return Evidence(logits, similarity, self.ngrams.scores(text) if self.ngrams else None)
 
     def probabilities(self, seen: Evidence) -> NDArray[np.float64]:
@@ -134,7 +134,7 @@ class CategoryClassifier:
         import numpy as np
 
         assert self.strangeness is not None, "not calibrated"
-        shares = np.linspace(1, 0, len(self.strangeness))
+        shares = _falling_shares(len(self.strangeness))
         return np.asarray(np.interp(self._strange(seen), self.strangeness, shares))
 
     def _strange(self, seen: Evidence) -> NDArray[np.float64]:
@@ -205,6 +205,13 @@ class CategoryClassifier:
         )
         temperature, weight = np.exp(found.x)
         return replace(self, temperature=float(temperature), ngram_weight=float(weight))
+
+
+@cache
+def _falling_shares(number: int) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.linspace(1, 0, number)
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

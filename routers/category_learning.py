@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["HeldOut", "fit_classifier", "learn_categories", "out_of_fold"]
+__all__ = ["HeldOut", "fit_classifier", "learn_categories"]
 
 FOLDS = 5
 # More rows would only make cross-validation slower: a temperature and a threshold need no more.
@@ -35,11 +35,15 @@ class HeldOut:
         seen: What it, or one like it, sees in them.
         labels: Positions of their categories, -1 for one it does not know.
         scores: Of all models, shape (n_rows, n_models).
+        rows: Positions of those that are training rows, shape (n_rows,); none if they are others.
+        fold_of: Training rows of the same number were held out together, shape (n_rows,).
     """
 
     seen: Evidence
     labels: NDArray[np.intp]
     scores: NDArray[np.float64]
+    rows: NDArray[np.intp] | None = None
+    fold_of: NDArray[np.intp] | None = None
 
 
 def learn_categories(
@@ -89,9 +93,8 @@ def learn_categories(
     # Texts without scores come last; they are learnt from, but nothing is decided on them.
     further = len(rows) + _sample(len(labels) - len(rows), CALIBRATION_ROWS, rng)
     chosen = np.append(_sample(len(rows), CALIBRATION_ROWS, rng), further)
-    seen = out_of_fold(
-        vectors[chosen], labels[chosen], categories, C=C, folds=FOLDS, random_state=random_state
-    )
+    fold_of = stratified_folds(labels[chosen], FOLDS, random_state)
+    seen = _out_of_fold(vectors[chosen], labels[chosen], categories, fold_of, C=C)
     scored = chosen < len(rows)
     scores = None
     if classifier.ngrams is not None:
@@ -104,8 +107,10 @@ def learn_categories(
                 for row in chosen[scored]
             ]
         )
-    seen = replace(seen.take(scored), ngrams=scores)
-    return classifier, HeldOut(seen, labels[chosen[scored]], rows.scores[chosen[scored]])
+    seen, held_out = replace(seen.take(scored), ngrams=scores), chosen[scored]
+    return classifier, HeldOut(
+        seen, labels[held_out], rows.scores[held_out], held_out, fold_of[scored]
+    )
 
 
 def fit_classifier(
@@ -155,21 +160,19 @@ def _sklearn_fit(vectors: NDArray[np.float32], labels: NDArray[np.intp], C: floa
     return LogisticRegression(C=C, max_iter=5000).fit(vectors.astype(np.float64), labels)
 
 
-def out_of_fold(
+def _out_of_fold(
     vectors: NDArray[np.float32],
     labels: NDArray[np.intp],
     categories: Sequence[str],
+    fold_of: NDArray[np.intp],
     *,
     C: float,
-    folds: int,
-    random_state: int,
 ) -> Evidence:
     """What classifiers of vectors see in rows that they have not learnt from."""
     import numpy as np
 
     logits = np.zeros((len(labels), len(categories)))
     similarity = np.zeros(len(labels))
-    fold_of = stratified_folds(labels, folds, random_state)
     for fold in np.unique(fold_of):
         inside = fold_of == fold
         if inside.all():

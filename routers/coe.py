@@ -6,6 +6,7 @@ Knows nothing of costs; policies weigh those against the quality predicted here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,11 +74,12 @@ class CoERouter(VectorRouter):
 
     Budgets of parameters make the table a plan: an integer programme picks each category's expert
     (``routers.assignment``), and quality predicted for the others is cut to just below the pick's.
-    So the plan holds at cost-quality 1; a policy that weighs costs may take an expert outside it.
+    Models that a budget of total parameters leaves without a category are not predicted for at all:
+    nobody needs to load them. A policy that weighs costs (cost-quality below 1) may leave the plan
+    for cheaper models, and keeps a budget of active parameters if its costs are those.
 
     Trains in seconds besides encoding (1 ms a short prompt, 10 ms one of 256 tokens). A prediction
-    costs one encoding, 0.2 ms, and with n-grams 1 ms for every 1,000 characters. Models without a
-    training score cannot be predicted for.
+    costs one encoding and 0.1 to 0.3 ms. Models without a training score cannot be predicted for.
 
     Args:
         encoder: An encoder's name (see ``routers.encoders.get_encoder``) or an encoder.
@@ -213,10 +215,14 @@ class CoERouter(VectorRouter):
         vectors, texts = rows.vectors, [*rows.texts, *extra]
         if extra:
             vectors = np.concatenate([vectors, self._encode_all(extra)])
-        table = shrunken_means(rows.scores, labels, len(categories), float(self.shrinkage))
+        kept = np.arange(len(rows.models))
+        table = self._scored(rows.scores, labels[: len(rows)], len(categories))
         if self._has_budget():
-            table = self._planned(table, labels[: len(rows)], rows)
-        self.quality_, self.mean_ = table[:-1], table[-1]
+            table, picks = self._planned(table, labels[: len(rows)], rows)
+            if self.max_total_params_b is not None:
+                kept = np.unique(picks)
+        self.models_ = [rows.models[j] for j in kept]
+        self.quality_, self.mean_ = table[:-1, kept], table[-1, kept]
         self.categories_ = categories
         classifier, held_out = learn_categories(
             rows,
@@ -231,7 +237,9 @@ class CoERouter(VectorRouter):
         )
         self._keep(classifier.calibrated(held_out.seen, held_out.labels, coverage=self.coverage))
         self._ready()
-        self.threshold_, self.metrics_ = self._choose_threshold(held_out)
+        sure, unsure = self._choices(held_out, rows.scores, labels[: len(rows)])
+        held_out = replace(held_out, scores=held_out.scores[:, kept])
+        self.threshold_, self.metrics_ = self._choose_threshold(held_out, sure, unsure)
         self.metrics_ |= texts_facts(extra)
 
     def _named(self, rows: TrainingRows) -> tuple[list[str], list[str], list[str]]:
@@ -296,8 +304,8 @@ class CoERouter(VectorRouter):
 
     def _planned(
         self, table: NDArray[np.float64], labels: NDArray[np.intp], rows: TrainingRows
-    ) -> NDArray[np.float64]:
-        """Quality by category (last: of all prompts), none above that of the category's pick."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """Quality by category (last: of all prompts), none above the pick's, and the picks."""
         import numpy as np
 
         # The row of all prompts is used for queries of no known category: few, but some.
@@ -315,10 +323,53 @@ class CoERouter(VectorRouter):
         best = np.maximum(table[np.arange(len(table)), picks], BELOW_PICK)
         planned = np.minimum(table, best[:, None] - BELOW_PICK)
         planned[np.arange(len(table)), picks] = best
-        return np.asarray(planned.clip(0.0))
+        return planned.clip(0.0), picks
 
-    def _choose_threshold(self, held_out: HeldOut) -> tuple[float, dict[str, Any]]:
-        """The threshold of the best decisions on held-out rows, and what was measured there."""
+    def _scored(
+        self, scores: NDArray[np.float64], labels: NDArray[np.intp], n_categories: int
+    ) -> NDArray[np.float64]:
+        return shrunken_means(scores, labels, n_categories, float(self.shrinkage))
+
+    def _choices(
+        self, held_out: HeldOut, scores: NDArray[np.float64], labels: NDArray[np.intp]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Best models of held-out rows by their categories, and by the general row.
+
+        The tables have not seen the rows' scores; but a plan, which has no general row to weigh it
+        against, is the one that is used.
+        """
+        import numpy as np
+
+        posterior = self.classifier_.probabilities(held_out.seen)
+        whole = np.vstack([self.quality_, self.mean_])
+        tables = [(np.full(len(posterior), True), whole)]
+        if held_out.rows is not None and held_out.fold_of is not None and not self._has_budget():
+            tables = []
+            for fold in np.unique(held_out.fold_of):
+                inside = held_out.fold_of == fold
+                others = np.delete(np.arange(len(scores)), held_out.rows[inside])
+                seen = others if len(others) else held_out.rows
+                learnt = self._scored(scores[seen], labels[seen], posterior.shape[1])
+                tables.append((inside, learnt))
+        sure, unsure = np.zeros((2, len(posterior)), np.intp)
+        for inside, table in tables:
+            quality, mean = table[:-1], table[-1]
+            named = posterior[inside].argmax(axis=1)
+            rows = posterior[inside] @ quality if self._mixes else quality[named]
+            sure[inside] = rows.argmax(axis=1)
+            unsure[inside] = self._general(quality, mean).argmax()
+        return sure, unsure
+
+    def _choose_threshold(
+        self, held_out: HeldOut, sure: NDArray[np.intp], general: NDArray[np.intp]
+    ) -> tuple[float, dict[str, Any]]:
+        """The threshold of the best decisions on held-out rows, and what was measured there.
+
+        Args:
+            held_out: The rows.
+            sure: The model each row gets by its categories.
+            general: The model it gets by the general row.
+        """
         import numpy as np
 
         posterior = self.classifier_.probabilities(held_out.seen)
@@ -327,8 +378,8 @@ class CoERouter(VectorRouter):
         scores = held_out.scores
 
         def got(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
-            rows = np.array([self._row(p, bool(u)) for p, u in zip(posterior, unsure, strict=True)])
-            return np.asarray(scores[np.arange(len(rows)), rows.argmax(axis=1)])
+            choice = np.where(unsure, general, sure)
+            return np.asarray(scores[np.arange(len(scores)), choice])
 
         sweep = {t: got((confidence < t) | far) for t in THRESHOLDS} if self._falls_back else {}
         means = {t: _mean(values) for t, values in sweep.items()}
@@ -354,17 +405,19 @@ class CoERouter(VectorRouter):
             "score_by_threshold": {str(t): round(mean, 6) for t, mean in means.items()},
         }
 
-    def _general_row(self) -> NDArray[np.float64]:
+    def _general(
+        self, quality: NDArray[np.float64], mean: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """The general category's row if it was scored, else that of all prompts."""
-        row: NDArray[np.float64] = self.mean_
+        row = mean
         if self.categories_ and self.general_category in self.categories_:
-            row = self.quality_[self.categories_.index(self.general_category)]
+            row = quality[self.categories_.index(self.general_category)]
         return row
 
     def _row(self, posterior: NDArray[np.float64], unsure: bool) -> NDArray[np.float64]:
         """Quality of all fitted models, shape (n_models,)."""
         if unsure:
-            return self._general_row()
+            return self._general(self.quality_, self.mean_)
         row: NDArray[np.float64]
         if self._mixes:
             row = (self.quality_ * posterior[:, None]).sum(axis=0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CombinedRouter", "make_member", "table_of"]
+__all__ = ["CombinedRouter", "fit_member", "make_member", "table_of"]
 
 
 class CombinedRouter(FittedRouter):
@@ -78,6 +78,23 @@ class CombinedRouter(FittedRouter):
             member = cast(type[FittedRouter], get_router_class(manifest.method))
             self.members_.append(member._of(Artefact(artefact.path, manifest, arrays)))
         super()._restore(artefact, {**lengths, "members": len(members)})
+
+
+def fit_member(text: str, rows: TrainingRows) -> FittedRouter:
+    """A router fitted on all the rows, from ``"METHOD KEY=VALUE ..."``.
+
+    Raises:
+        RouterError: The method or a setting is unknown, or it leaves out some of the models.
+    """
+    import numpy as np
+
+    member = make_member(text).fit(table_of(rows, np.arange(len(rows))))
+    if member.models != rows.models:
+        left_out = [name for name in rows.models if name not in member.models]
+        raise RouterError(
+            f"{text!r} leaves out {', '.join(map(repr, left_out))}; members must know all models"
+        )
+    return member
 
 
 def make_member(text: str) -> FittedRouter:

