@@ -43,7 +43,7 @@ from evals.metrics import (
 )
 from evals.svg import Plot
 from orchestrator.policies import CostUnit, UtilityPolicy, expected_usd
-from orchestrator.pool import CHARACTERS_PER_TOKEN
+from orchestrator.pool import estimated_tokens
 from routers.base import Query
 from routers.outcomes import OutcomeTable
 from routers.params import parse_settings
@@ -146,7 +146,7 @@ def cells(
     costs = table.costs_usd(split, models)
     if not np.isnan(costs).all():
         return costs
-    tokens = [len(text) // CHARACTERS_PER_TOKEN for text in table.with_prompts_of(split).texts]
+    tokens = [estimated_tokens(text) for text in table.with_prompts_of(split).texts]
     return expected_usd([table.card(name) for name in models], tokens, {})
 
 

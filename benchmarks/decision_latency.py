@@ -26,6 +26,7 @@ from experts.types import ChatRequest, Message
 from orchestrator.config import parse_config
 from orchestrator.core import Orchestrator
 from orchestrator.policies import UtilityPolicy, expected_costs, expected_usd
+from orchestrator.pool import estimated_tokens
 from routers.base import Query
 from routers.combined import make_member
 from routers.fitted import FittedRouter
@@ -81,7 +82,7 @@ async def measure(
         quality = router.predict([Query(text)], router.models).quality
         if what == "choose":
             clocks["predict"].append(_since(started))
-        usd = expected_usd(cards, [len(text) / 4], {})
+        usd = expected_usd(cards, [estimated_tokens(text)], {})
         policy.choices(router.models, quality, expected_costs(cards, usd, {}, "usd"))
         clocks[what].append(_since(started))
 

@@ -18,7 +18,7 @@ from orchestrator.policies import (
     expected_usd,
     order_by_utility,
 )
-from orchestrator.pool import CHARACTERS_PER_TOKEN
+from orchestrator.pool import estimated_tokens
 from routers.base import Explanation, Measured, Query, Router, RouterError
 from routers.outcomes import OutcomeTable, Prompts
 
@@ -192,7 +192,7 @@ def expected_of(
     """
     cards = [table.card(model) for model in candidates]
     measured: Mapping[str, Measured] = getattr(router, "measured", {})
-    tokens = [len(text) // CHARACTERS_PER_TOKEN for text in texts]
+    tokens = [estimated_tokens(text) for text in texts]
     unit = cost_unit(policy, cards, measured)
     return expected_costs(cards, expected_usd(cards, tokens, measured), measured, unit)
 
