@@ -6,24 +6,20 @@
 Each model in turn is left out, the router is trained on the others, and the model is added with its
 scores on random training prompts. Compared are the mean scores of decisions (the model of highest
 predicted quality) with those of the same router trained on all models, prompt by prompt.
-Cross-validation sees only the rows of the split ``train``; tables as in ``benchmarks.routers``.
+Cross-validation sees only the rows of the split ``train``; tables as in ``benchmarks.tables``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.routers import FOLDS, TABLES, folds, load, part
-from evals.metrics import Estimate, bootstrap_mean, chosen, paired_difference
+from benchmarks.pages import command_line, how_judged, parser_of, with_interval, write
+from benchmarks.tables import FOLDS, TABLES, load, parts_of
+from evals.metrics import bootstrap_mean, chosen, paired_difference
 from routers.base import Query, Router
 from routers.outcomes import OutcomeTable
 from routers.params import parse_settings
@@ -84,7 +80,7 @@ def markdown(
     command: str, results: dict[str, dict[str, Any]], split: str | None, n_prompts: int
 ) -> str:
     """The results as a page."""
-    how = f"split `{split}`" if split else f"{FOLDS}-fold cross-validation of the training rows"
+    how = how_judged(split, FOLDS)
     lines = [
         f"# A model added with {n_prompts} labelled prompts",
         "",
@@ -109,39 +105,27 @@ def markdown(
 
 def points(found: dict[str, Any]) -> str:
     """A difference with its interval, in points."""
-    mean, low, high, _ = (100 * value for value in Estimate(**found))
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    return with_interval(found, "+.2f", scale=100)
 
 
 def main() -> None:
     """Print the page, and write it with all numbers as JSON where wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser = parser_of(__doc__, tables=TABLES, seed="of folds and of prompts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="'METHOD KEY=VALUE'")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="of an added model")
-    parser.add_argument("--split", help="judge on this split instead of cross-validating")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and of prompts")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
     results: dict[str, dict[str, Any]] = {name: {} for name in arguments.tables}
     todo = [(name, wanted) for name in arguments.tables for wanted in arguments.methods]
     for name, wanted in tqdm(todo, unit="run", delay=2):
         table = load(arguments.data, name)
-        if arguments.split:
-            parts = [part(table, table.rows("train"), table.rows(arguments.split))]
-        else:
-            parts = list(folds(table, arguments.seed))
+        parts = parts_of(table, arguments.split, arguments.seed)
         method, *settings = wanted.split()
         results[name][wanted] = run(
             parts, method, parse_settings(settings), arguments.prompts, arguments.seed
         )
-    command = "python -m benchmarks.added_model " + shlex.join(sys.argv[1:])
-    page = markdown(command, results, arguments.split, arguments.prompts)
+    page = markdown(command_line(), results, arguments.split, arguments.prompts)
     print(page)
-    if arguments.out:
-        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write(arguments.out, page, results)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,17 @@ The plans' optima are checked against every possible assignment, where there are
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.routers import folds, load, part
+from benchmarks.pages import command_line, how_judged, parser_of, with_interval, write
+from benchmarks.tables import load, parts_of
 from evals.calibrate import find_price
-from evals.metrics import Estimate, bootstrap_mean, chosen, paired_difference
+from evals.metrics import bootstrap_mean, chosen, paired_difference
 from orchestrator.policies import BudgetPolicy
 from routers.assignment import assign
 from routers.base import Query, RouterError
@@ -226,15 +222,9 @@ def run(parts: list[OutcomeTable], whole: OutcomeTable, seed: int) -> dict[str, 
     return results
 
 
-def with_interval(found: dict[str, Any], *, sign: str = "") -> str:
-    """An estimate with its interval."""
-    mean, low, high, _ = Estimate(**found)
-    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
-
-
 def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
     """The results as a page."""
-    how = f"split `{split}`" if split else f"{FOLDS}-fold cross-validation of the training rows"
+    how = how_judged(split, FOLDS)
     lines = [
         "# Budgets of active parameters",
         "",
@@ -260,7 +250,7 @@ def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
             point = difference = "none"
             if "difference" in line:
                 point = f"{line['reached_b']:.1f} of {line['budget_b']:g}"
-                difference = with_interval(line["difference"], sign="+")
+                difference = with_interval(line["difference"], "+.3f")
             lines.append(
                 f"| {model} | {line['params_b']:g} | {with_interval(line['score'])} | {point} | "
                 f"{difference} | {'yes' if line['dominated'] else 'no'} |"
@@ -281,24 +271,14 @@ def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
 
 def main() -> None:
     """Print the page, and write it with all numbers as JSON where wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--split", help="judge on this split instead of cross-validating")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and of random cases")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser = parser_of(__doc__, seed="of folds and of random cases")
     arguments = parser.parse_args()
     table = load(arguments.data, TABLE)
-    if arguments.split:
-        parts = [part(table, table.rows("train"), table.rows(arguments.split))]
-    else:
-        parts = list(folds(table, arguments.seed, FOLDS))
+    parts = parts_of(table, arguments.split, arguments.seed, FOLDS)
     results = run(parts, table, arguments.seed)
-    command = "python -m benchmarks.budgets " + shlex.join(sys.argv[1:])
-    page = markdown(command, results, arguments.split)
+    page = markdown(command_line(), results, arguments.split)
     print(page)
-    if arguments.out:
-        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write(arguments.out, page, results)
 
 
 if __name__ == "__main__":

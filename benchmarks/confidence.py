@@ -3,7 +3,7 @@
     python -m benchmarks.confidence --data DIR                 (validation rows, cross-validation)
     python -m benchmarks.confidence --data DIR --split test    (when all choices are made)
 
-``DIR`` holds ``clinc150`` and the tables of ``benchmarks.routers``. Three questions:
+``DIR`` holds ``clinc150`` and the tables of ``benchmarks.tables``. Three questions:
 
 * Are in-scope texts of ``clinc150`` told from out-of-scope ones, of which it learnt from none? It
   is calibrated on in-scope validation texts, so ``--split test`` alone is fair to the last digit.
@@ -13,10 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.routers import TABLES, folds, load, part
+from benchmarks.pages import command_line, parser_of, with_interval, write
+from benchmarks.tables import TABLES, load, part, parts_of
 from evals.metrics import auroc, bootstrap_mean
 from routers.base import Explanation, Query
 from routers.category_classifier import expected_calibration_error
@@ -106,14 +103,12 @@ def left_out(data: Path, split: str) -> dict[str, Any]:
 def calibration(data: Path, name: str, split: str | None) -> dict[str, Any]:
     """Calibration and coverage on rows that were not learnt from."""
     table = load(data, name)
-    parts = folds(table, 0)
-    if split and table.has_split(split):
-        parts = iter([part(table, table.rows("train"), table.rows(split))])
+    judged = split if split and table.has_split(split) else None
     confidence: list[float] = []
     correct: list[bool] = []
     held: list[bool] = []
     sizes: list[int] = []
-    for one in parts:
+    for one in parts_of(table, judged, seed=0):
         router = CoERouter().fit(one)
         prompts = one.with_prompts_of("test")
         for true, e in zip(prompts.categories or [], explained(router, prompts.texts), strict=True):
@@ -123,7 +118,7 @@ def calibration(data: Path, name: str, split: str | None) -> dict[str, Any]:
             sizes.append(len(e.detail["likely"]))
     coverage = bootstrap_mean(np.array(held, float))
     return {
-        "judged": split if split and table.has_split(split) else "cross-validated",
+        "judged": judged or "cross-validated",
         "rows": len(held),
         "accuracy": float(np.mean(correct)),
         "ece": expected_calibration_error(np.array(confidence), np.array(correct)),
@@ -151,7 +146,7 @@ def markdown(command: str, found: dict[str, Any], split: str | None) -> str:
 
     def cells(one: dict[str, Any]) -> str:
         return " | ".join(
-            f"{one[sign]['auroc']:.3f} ({one[sign]['low']:.3f} to {one[sign]['high']:.3f})"
+            with_interval(one[sign], keys=("auroc", "low", "high"))
             for sign in ("familiarity", "confidence")
         )
 
@@ -177,11 +172,9 @@ def markdown(command: str, found: dict[str, Any], split: str | None) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, one in found["calibration"].items():
-        held = one["coverage"]
         lines.append(
             f"| {name}, {one['judged']} | {one['rows']} | {one['accuracy']:.3f} | "
-            f"{one['ece']:.3f} | "
-            f"{held['mean']:.3f} ({held['low']:.3f} to {held['high']:.3f}) | "
+            f"{one['ece']:.3f} | {with_interval(one['coverage'])} | "
             f"{one['likely_categories']:.2f} |"
         )
     return "\n".join(lines) + "\n"
@@ -189,12 +182,10 @@ def markdown(command: str, found: dict[str, Any], split: str | None) -> str:
 
 def main() -> None:
     """Print the page, and write it where wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--split", help="judge on this split; a table without it is cross-validated"
     )
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
     judged = arguments.split or "validation"
     table, texts, inside = intents(arguments.data, judged)
@@ -207,12 +198,9 @@ def main() -> None:
             if name != "mmlu_pro frontier"  # the prompts of mmlu_pro open
         },
     }
-    command = "python -m benchmarks.confidence " + shlex.join(sys.argv[1:])
-    page = markdown(command, found, arguments.split)
+    page = markdown(command_line(), found, arguments.split)
     print(page)
-    if arguments.out:
-        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write(arguments.out, page, found)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,7 @@ that no other beats on the training rows in mean cost and mean score, and the be
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.routers import folds, part
+from benchmarks.pages import command_line, how_judged, parser_of, with_interval, write
+from benchmarks.tables import parts_of
 from evals.decisions import KNOBS, expected_of
 from evals.metrics import (
     Estimate,
@@ -47,7 +44,7 @@ from evals.metrics import (
 from evals.svg import Plot
 from orchestrator.costs import CostUnit, ExpectedCosts
 from orchestrator.policies import UtilityPolicy
-from orchestrator.pool import CHARACTERS_PER_TOKEN
+from orchestrator.pool import estimated_tokens
 from routers.base import Query
 from routers.outcomes import OutcomeTable
 from routers.params import parse_settings
@@ -150,7 +147,7 @@ def cells(
     costs = table.costs_usd(split, models)
     if not np.isnan(costs).all():
         return costs
-    tokens = [len(text) // CHARACTERS_PER_TOKEN for text in table.with_prompts_of(split).texts]
+    tokens = [estimated_tokens(text) for text in table.with_prompts_of(split).texts]
     return ExpectedCosts.of([table.card(name) for name in models]).usd(tokens)
 
 
@@ -344,7 +341,7 @@ def below(found: dict[str, Any]) -> list[int]:
 
 def markdown(command: str, results: dict[str, Any], split: str | None, folder: str) -> str:
     """The results as a page."""
-    how = f"split `{split}`" if split else f"{FOLDS}-fold cross-validation of the training rows"
+    how = how_judged(split, FOLDS)
     lines = [
         "# Cost-quality curves",
         "",
@@ -380,8 +377,7 @@ def markdown(command: str, results: dict[str, Any], split: str | None, folder: s
             area_gap = with_interval(line["aiq_above"], "+.4f") if gaps else ""
             lines.append(
                 f"| {label} | {line['aiq']:.4f} | {line['perf_gain']:+.1%} | "
-                f"{saved(line)} | {with_interval(line['equal_quality_share'], '.2f')}"
-                f"{never(line)} | {area_gap} | {against} | "
+                f"{saved(line)} | {reached(line)}{never(line)} | {area_gap} | {against} | "
                 f"{f'{len(below(line))} of {len(gaps)}' if gaps else ''} |"
             )
         lines += ["", f"| single model | {kind.shown} | score | {first} above, at equal cost |"]
@@ -394,11 +390,10 @@ def markdown(command: str, results: dict[str, Any], split: str | None, folder: s
     return "\n".join(lines) + "\n"
 
 
-def with_interval(found: dict[str, float], form: str) -> str:
-    """A value with its interval; nothing where it is unknown."""
-    if math.isnan(found["mean"]):
-        return "not reached"
-    return f"{found['mean']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
+def reached(line: dict[str, Any]) -> str:
+    """The cost at equal quality, as a share of the best single model's."""
+    found = line["equal_quality_share"]
+    return "not reached" if math.isnan(found["mean"]) else with_interval(found, ".2f")
 
 
 def saved(line: dict[str, Any]) -> str:
@@ -414,7 +409,7 @@ def never(line: dict[str, Any]) -> str:
 
 def points(found: dict[str, float]) -> str:
     """A difference with its interval, in points."""
-    return f"{100 * found['mean']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+    return with_interval(found, "+.1f", scale=100)
 
 
 def picture(name: str, found: dict[str, Any]) -> str:
@@ -453,21 +448,18 @@ def picture(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Print the page, and write it with pictures and all numbers as JSON where wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser = parser_of(
+        __doc__,
+        tables=TABLES,
+        seed="of folds and of the bootstrap",
+        out="write OUT.md, OUT.json and OUT_TABLE.svg",
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="'METHOD KEY=VALUE'")
-    parser.add_argument("--split", help="judge on this split instead of cross-validating")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and of the bootstrap")
-    parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT_TABLE.svg")
     arguments = parser.parse_args()
     results = {}
     for name in arguments.tables:
         table = load(arguments.data, name)
-        if arguments.split:
-            parts = [part(table, table.rows("train"), table.rows(arguments.split))]
-        else:
-            parts = list(folds(table, arguments.seed, FOLDS))
+        parts = parts_of(table, arguments.split, arguments.seed, FOLDS)
         curves, single, made = curves_of(parts, TABLES[name], arguments.methods)
         found = compared(curves, single, arguments.seed)
         if not TABLES[name].named:
@@ -475,13 +467,11 @@ def main() -> None:
             found["models"] = {f"model {n}": model for n, model in enumerate(by_cost, start=1)}
             del made["best single"]
         results[name] = found | {"chosen": made}
-    command = "python -m benchmarks.cost_curves " + shlex.join(sys.argv[1:])
     stem = arguments.out.stem if arguments.out else "cost_curves"
-    page = markdown(command, results, arguments.split, stem)
+    page = markdown(command_line(), results, arguments.split, stem)
     print(page)
+    write(arguments.out, page, results)
     if arguments.out:
-        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         for name, found in results.items():
             file = f"{stem}_{name.replace(' ', '_')}.svg"
             arguments.out.with_name(file).write_text(picture(name, found), encoding="utf-8")

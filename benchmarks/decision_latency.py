@@ -12,25 +12,22 @@ else runs on the machine. Also checks that decisions do not depend on the batch.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
-import shlex
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.encoders import forget, texts_of
+from benchmarks.pages import command_line, parser_of, write
 from experts.types import ChatRequest, Message
 from orchestrator.config import parse_config
 from orchestrator.core import Orchestrator
 from orchestrator.costs import ExpectedCosts
 from orchestrator.policies import UtilityPolicy
+from orchestrator.pool import estimated_tokens
 from routers.base import Query
 from routers.combined import make_member
 from routers.fitted import FittedRouter
@@ -86,7 +83,7 @@ async def measure(
         quality = router.predict([Query(text)], router.models).quality
         if what == "choose":
             clocks["predict"].append(_since(started))
-        policy.choices(router.models, quality, costs.usd([len(text) / 4]))
+        policy.choices(router.models, quality, costs.usd([estimated_tokens(text)]))
         clocks[what].append(_since(started))
 
     for what in ("choose", "known"):
@@ -168,11 +165,9 @@ def markdown(command: str, results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Print the page, and write it where wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--routers", nargs="+", choices=list(GOALS_MS), default=list(GOALS_MS))
     parser.add_argument("--repetitions", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
     load_before = os.getloadavg()[0]
     table = OutcomeTable.load(arguments.data / "mmlu_pro")
@@ -199,12 +194,9 @@ def main() -> None:
         "rows": rows,
         "batches": batches,
     }
-    command = "python -m benchmarks.decision_latency " + shlex.join(sys.argv[1:])
-    page = markdown(command, results)
+    page = markdown(command_line(), results)
     print(page)
-    if arguments.out:
-        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write(arguments.out, page, results)
 
 
 if __name__ == "__main__":

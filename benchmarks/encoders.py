@@ -4,7 +4,7 @@
     python -m benchmarks.encoders [ENCODER ...] --data DIR [--tables NAME ...] [--out OUT]
 
 Time is CPU time of one text on one thread, interleaved in one run: compare rows, absolute times
-belong to the machine. With ``--data``, the folder of ``benchmarks.routers``, routers are
+belong to the machine. With ``--data``, the folder of ``benchmarks.tables``, routers are
 cross-validated with each encoder on training rows; every difference is paired, prompt by prompt.
 """
 
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.overhead import prompts
-from benchmarks.routers import FOLDS, TABLES, folds, load
+from benchmarks.pages import GAIN, command_line, how_judged, with_interval, write
+from benchmarks.tables import FOLDS, TABLES, load, parts_of
 from evals.metrics import bootstrap_mean, chosen, paired_difference
 from routers.base import Query
 from routers.category_learning import fit_classifier
@@ -177,7 +176,7 @@ def markdown(command: str, results: dict[str, Any]) -> str:
             "",
             "## Routing",
             "",
-            f"{FOLDS}-fold cross-validation of the training rows: how often the category is named, "
+            f"{how_judged(None, FOLDS)}: how often the category is named, "
             "the mean score of the models chosen, and what that differs from "
             f"`{REFERENCE}` on the same prompts (95% intervals).",
         ]
@@ -215,7 +214,7 @@ def _scores(found: dict[str, dict[str, Any]]) -> list[str]:
         cells = [f"`{name}`", *([f"{line.get('accuracy', float('nan')):.3f}"] if accuracy else [])]
         for method in METHODS:
             at = line[method]
-            gain = f" {at['gain']:+.3f} ({at['gain_low']:+.3f} to {at['gain_high']:+.3f})"
+            gain = " " + with_interval(at, "+.3f", keys=GAIN)
             cells.append(f"{at['mean']:.3f}" + (gain if name != REFERENCE else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -230,26 +229,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
-    command = "python -m benchmarks.encoders " + shlex.join(sys.argv[1:])
     names = list(dict.fromkeys([REFERENCE, *arguments.encoders]))
     results: dict[str, Any] = {"ms": measure_times(names)}
     if arguments.data:
         results["tables"] = {}
         for name in arguments.tables:
-            parts = list(folds(load(arguments.data, name), arguments.seed))
+            parts = parts_of(load(arguments.data, name), None, arguments.seed)
             results["tables"][name] = measure_routers(parts, names, name)
-            write(command, results, arguments.out)
+            # Tables take long: what there is so far is written after each.
+            write(arguments.out, markdown(command_line(), results), results)
         languages = OutcomeTable.load(arguments.data / "mmlu_pro")
         results["languages"] = measure_languages(languages, names)
-    write(command, results, arguments.out)
-    print(markdown(command, results))
-
-
-def write(command: str, results: dict[str, Any], out: Path | None) -> None:
-    """Write what there is so far as OUT.md and OUT.json: all of it takes long."""
-    if out:
-        out.with_suffix(".md").write_text(markdown(command, results), encoding="utf-8")
-        out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    page = markdown(command_line(), results)
+    write(arguments.out, page, results)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from benchmarks.load import measure
+from benchmarks.pages import command_line, write
 from orchestrator.config import CollegiumConfig, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,7 +360,7 @@ def main() -> None:
         cpu = cpu_per_request(systems)
     figures, embedding = medians(rows), embedding_ms()
     result = {
-        "command": "python -m benchmarks.overhead " + " ".join(sys.argv[1:]),
+        "command": command_line(),
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "rounds": arguments.rounds,
         "systems": list(systems),
@@ -368,10 +369,9 @@ def main() -> None:
         "embedding_ms": embedding,
         "cpu_ms_per_request": cpu,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "overhead.md").write_text(report(result))
-    print(report(result))
+    page = report(result)
+    write(RESULTS / "overhead", page, result)
+    print(page)
 
 
 if __name__ == "__main__":

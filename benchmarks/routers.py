@@ -9,18 +9,15 @@ Cross-validation sees only the rows of the split ``train``; it is what settings 
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.pages import GAIN, command_line, how_judged, parser_of, with_interval, write
+from benchmarks.tables import FOLDS, TABLES, load, parts_of
 from evals.decisions import decisions_sha256
 from evals.metrics import best_single_choice, bootstrap_mean, chosen, macro_mean, oracle_scores
 from routers.base import Query, RouterError
@@ -28,56 +25,6 @@ from routers.baselines import category_table_choice
 from routers.outcomes import OutcomeTable
 from routers.params import parse_settings
 from routers.registry import ROUTERS, get_router_class
-
-FOLDS = 5
-# Name of a benchmark to its folder and its pool; no pool means all models.
-TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "seven_7b": ("seven_7b", ()),
-    "nine_mixed": ("nine_mixed", ()),
-    "mmlu_pro open": (
-        "mmlu_pro",
-        (
-            "Phi-3-mini-4k-instruct",
-            "mathstral-7B",
-            "Meta-Llama-3_1-8B-Instruct",
-            "Mixtral-8x7B-Instruct-v0.1",
-            "Qwen1.5-72B-Chat",
-            "jamba-1.5-large",
-        ),
-    ),
-    "mmlu_pro frontier": (
-        "mmlu_pro",
-        (
-            "gpt-4o-2024-05-13",
-            "gemini-1.5-pro-002",
-            "gemini-1.5-flash-002",
-            "Meta-Llama-3_1-70B-Instruct",
-        ),
-    ),
-}
-
-
-def load(data: Path, name: str) -> OutcomeTable:
-    """A benchmark's table, restricted to its pool."""
-    folder, pool = TABLES[name]
-    table = OutcomeTable.load(data / folder)
-    return table.restricted_to(list(pool)) if pool else table
-
-
-def part(table: OutcomeTable, learn: NDArray[np.intp], judge: NDArray[np.intp]) -> OutcomeTable:
-    """Some rows as the split ``train``, others as ``test``."""
-    return table.resplit({"train": learn, "test": judge})
-
-
-def folds(table: OutcomeTable, seed: int, n_folds: int = FOLDS) -> Iterator[OutcomeTable]:
-    """Parts for cross-validation of the training rows, stratified by category."""
-    from sklearn.model_selection import StratifiedKFold
-
-    rows = table.rows("train")
-    labels = [table.prompts.categories[row] if table.prompts.categories else "" for row in rows]
-    made = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    for learn, judge in made.split(rows, labels):
-        yield part(table, rows[learn], rows[judge])
 
 
 def run(
@@ -147,15 +94,14 @@ def text(name: str, lines: dict[str, Any]) -> str:
         rows.append(
             f"  {label:<32}{line['mean']:7.3f}  {line['low']:.3f}-{line['high']:.3f}"
             f"{line.get('macro', float('nan')):9.3f}"
-            f"   {line['gain']:+.3f} ({line['gain_low']:+.3f} to {line['gain_high']:+.3f})"
-            f"{line['seconds']:7.1f}"
+            f"   {with_interval(line, '+.3f', keys=GAIN)}{line['seconds']:7.1f}"
         )
     return "\n".join(rows)
 
 
 def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
     """The tables as a page."""
-    how = f"split `{split}`" if split else f"{FOLDS}-fold cross-validation of the training rows"
+    how = how_judged(split, FOLDS)
     lines = [
         "# Routers on outcome tables",
         "",
@@ -169,22 +115,16 @@ def markdown(command: str, results: dict[str, Any], split: str | None) -> str:
         lines += ["| | mean score | by category | gain | s |", "|---|--:|--:|--:|--:|"]
         for label, line in sorted(found.items(), key=lambda item: item[1]["mean"]):
             lines.append(
-                f"| {label} | {line['mean']:.3f} ({line['low']:.3f} to {line['high']:.3f}) | "
-                f"{line.get('macro', float('nan')):.3f} | {line['gain']:+.3f} "
-                f"({line['gain_low']:+.3f} to {line['gain_high']:+.3f}) | {line['seconds']:.0f} |"
+                f"| {label} | {with_interval(line)} | {line.get('macro', float('nan')):.3f} | "
+                f"{with_interval(line, '+.3f', keys=GAIN)} | {line['seconds']:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Print one table per benchmark, and write all of it as JSON where wanted."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser = parser_of(__doc__, tables=TABLES, seed="of the folds")
     parser.add_argument("--methods", nargs="+", help="'METHOD' or 'METHOD KEY=VALUE ...'")
-    parser.add_argument("--split", help="judge on this split instead of cross-validating")
-    parser.add_argument("--seed", type=int, default=0, help="of the folds")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     arguments = parser.parse_args()
     # 'bert' takes hours on a CPU: it runs where --methods names it.
     plain = [name for name in ROUTERS if name not in ("random", "best_single", "bert")]
@@ -195,17 +135,9 @@ def main() -> None:
     results = {}
     for name in arguments.tables:
         table = load(arguments.data, name)
-        if arguments.split:
-            parts = [part(table, table.rows("train"), table.rows(arguments.split))]
-        else:
-            parts = list(folds(table, arguments.seed))
-        results[name] = run(parts, methods)
+        results[name] = run(parts_of(table, arguments.split, arguments.seed), methods)
         print(text(name, results[name]) + "\n", flush=True)
-    if arguments.out:
-        command = "python -m benchmarks.routers " + shlex.join(sys.argv[1:])
-        page = markdown(command, results, arguments.split)
-        arguments.out.with_suffix(".md").write_text(page, encoding="utf-8")
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write(arguments.out, markdown(command_line(), results, arguments.split), results)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 
 from benchmarks.overhead import RESULTS, free_port, process
+from benchmarks.pages import command_line, write
 from orchestrator.config import load_config
 
 EXECUTORS = {"uni": "model in the engine's process (ours)", "mp": "model in a worker (Ray's)"}
@@ -152,15 +153,14 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = {name: run(name, arguments.streams, arguments.rounds) for name in EXECUTORS}
     result = {
-        "command": "python -m benchmarks.streaming " + " ".join(sys.argv[1:]),
+        "command": command_line(),
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "streams": arguments.streams,
         "figures": figures,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "streaming.md").write_text(report(result))
-    print(report(result))
+    page = report(result)
+    write(RESULTS / "streaming", page, result)
+    print(page)
 
 
 if __name__ == "__main__":

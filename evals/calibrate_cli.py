@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from routers.base import RouterError
-from routers.cli import TABLE_OPTION
+from routers.cli_options import TABLE_OPTION, models_option, settings_option
 
 __all__ = ["calibrate_command"]
 
@@ -23,14 +23,8 @@ __all__ = ["calibrate_command"]
     show_default=True,
     help="Prompts to calibrate on, best such as the router has not learnt from.",
 )
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A setting of the policy; may be given several times.",
-)
-@click.option("--models", help="Choose among these models only: names with commas between them.")
+@settings_option("A setting of the policy")
+@models_option("Choose among")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -42,7 +36,7 @@ def calibrate_command(
     table_path: Path,
     split: str,
     settings: tuple[str, ...],
-    models: str | None,
+    models: list[str] | None,
     out: Path | None,
 ) -> None:
     """Find the number that POLICY needs with ARTEFACT's predictions; write YAML for a route.
@@ -63,8 +57,7 @@ def calibrate_command(
         policy = make_policy({"type": kind, **parse_settings(settings)}, name="--set")
         router = load_router(artefact)
         table = OutcomeTable.load(table_path)
-        wanted = [name.strip() for name in models.split(",")] if models else None
-        pool = shared_pool({artefact.name: router}, table, wanted)
+        pool = shared_pool({artefact.name: router}, table, models)
         found = calibrate(policy, router, table, split=split, candidates=pool)
         text = policy_yaml(found.policy)
         if out:

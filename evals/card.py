@@ -28,6 +28,11 @@ __all__ = ["as_card"]
 
 # Familiarity is spread evenly over [0, 1] on prompts like those of the fit.
 STRANGE = 0.01
+# The fenced blocks of Markdown, whose lines are no headings, or where a heading begins.
+FENCE_OR_HEADING = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,})[^`\n]*$.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)|^(?=#+ )",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def as_card(manifest: Manifest, decisions: Decisions, evaluation: Evaluation, about: str) -> str:
@@ -47,7 +52,7 @@ def as_card(manifest: Manifest, decisions: Decisions, evaluation: Evaluation, ab
         *_metrics(manifest, decisions, evaluation),
         "## The data",
         # Its headings become those of parts of this section.
-        re.sub(r"^(?=#+ )", "##", about.strip(), flags=re.MULTILINE)
+        FENCE_OR_HEADING.sub(lambda found: found[0] or "##", about.strip())
         or "The outcome table has no README.md.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -88,11 +93,12 @@ def _metrics(manifest: Manifest, decisions: Decisions, evaluation: Evaluation) -
         "error of the predicted quality: "
         f"{evaluation.figures[decisions.name].calibration_error:.3f}."
     )
-    if naming := _naming(decisions):
+    naming = _naming(decisions)
+    if naming:
         yield "How well it names the category:"
         yield _table(["", ""], naming)
     if decisions.prompts.categories is not None:
-        yield _table(*_by_category(decisions, evaluation))
+        yield _table(*_by_category(decisions, evaluation, named=bool(naming)))
     yield from (f"Note: {note}." for note in evaluation.notes)
 
 
@@ -121,7 +127,9 @@ def _naming(decisions: Decisions) -> list[list[str]]:
     return rows
 
 
-def _by_category(decisions: Decisions, evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+def _by_category(
+    decisions: Decisions, evaluation: Evaluation, *, named: bool
+) -> tuple[list[str], list[list[str]]]:
     """Head and rows: scores, and what it takes each category for if it names any."""
     router = evaluation.lines[0]
     single = next(line for line in evaluation.lines if line.name == "best single")
@@ -130,7 +138,7 @@ def _by_category(decisions: Decisions, evaluation: Evaluation) -> tuple[list[str
         [category, str(estimate.n), *map(with_interval, (estimate, single.by_category[category]))]
         for category, estimate in router.by_category.items()
     ]
-    if _naming(decisions):
+    if named:
         header += ["named rightly", "else mostly taken for"]
         for row in rows:
             row += _taken_for(row[0], decisions)

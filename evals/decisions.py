@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.policies import Policy, UtilityPolicy, order_by_utility
-from orchestrator.pool import CHARACTERS_PER_TOKEN
+from orchestrator.pool import estimated_tokens
 from routers.base import Explanation, Measured, Query, Router, RouterError
 from routers.outcomes import OutcomeTable, Prompts
 
@@ -186,7 +186,7 @@ def expected_of(
     """
     cards = [table.card(model) for model in candidates]
     measured: Mapping[str, Measured] = getattr(router, "measured", {})
-    tokens = [len(text) // CHARACTERS_PER_TOKEN for text in texts]
+    tokens = [estimated_tokens(text) for text in texts]
     expected = ExpectedCosts.of(cards, measured, cost_unit(policy.cost, cards, measured))
     return expected.in_unit(expected.usd(tokens))
 

@@ -25,7 +25,7 @@ from evals.metrics import (
 )
 from orchestrator.costs import CostUnit, ExpectedCosts
 from orchestrator.policies import Policy
-from orchestrator.pool import CHARACTERS_PER_TOKEN
+from orchestrator.pool import estimated_tokens
 from routers.baselines import category_table_choice
 from routers.outcomes import OutcomeTable, Prompts
 
@@ -146,7 +146,7 @@ def _costs(
         costs = table.costs_usd(split, candidates)
         priced = any(card.input_usd_per_mtok or card.output_usd_per_mtok for card in cards)
         if np.isnan(costs).all() and priced:
-            tokens = [len(text) // CHARACTERS_PER_TOKEN for text in prompts.texts]
+            tokens = [estimated_tokens(text) for text in prompts.texts]
             return ExpectedCosts.of(cards).usd(tokens), "expected USD"
         if unit == "usd" or not np.isnan(costs).all():
             return costs, "USD"

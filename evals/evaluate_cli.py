@@ -12,7 +12,7 @@ from evals.policy_files import read_policy
 from orchestrator.costs import CostUnit
 from orchestrator.policies import UtilityPolicy
 from routers.base import Router, RouterError
-from routers.cli import TABLE_OPTION
+from routers.cli_options import TABLE_OPTION, models_option, split_option
 
 __all__ = ["evaluate_command"]
 
@@ -22,13 +22,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("evaluate", short_help="Judge routers on an outcome table.")
 @click.argument("artefacts", nargs=-1, required=True, metavar="ARTEFACT ...")
 @TABLE_OPTION
-@click.option(
-    "--split",
-    default="test",
-    show_default=True,
-    help="Prompts to judge on: train, validation, test or all. All are used if the table has no "
-    "column 'split'.",
-)
+@split_option("test", "Prompts to judge on")
 @click.option(
     "--cost-quality",
     type=click.FloatRange(0, 1),
@@ -47,7 +41,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="What costs are in the report, and to the policy unless --policy gives one; by default "
     "the policy's unit, else the first that is known.",
 )
-@click.option("--models", help="Choose among these models only: names with commas between them.")
+@models_option("Choose among")
 @click.option("--json", "json_file", type=FILE, help="Write the report as JSON; - for stdout.")
 @click.option("--quality", type=FILE, help="Write predictions: parquet prompt_id, model, quality.")
 @click.option("--decisions", type=FILE, help="Write decisions: parquet prompt_id, model.")
@@ -64,7 +58,7 @@ def evaluate_command(
     cost_quality: float | None,
     policy_file: Path | None,
     cost: CostUnit | None,
-    models: str | None,
+    models: list[str] | None,
     json_file: Path | None,
     quality: Path | None,
     decisions: Path | None,
@@ -89,8 +83,7 @@ def evaluate_command(
     try:
         table = OutcomeTable.load(table_path)
         routers = _load_all(artefacts)
-        wanted = [name.strip() for name in models.split(",")] if models else None
-        pool = shared_pool(routers, table, wanted)
+        pool = shared_pool(routers, table, models)
         policy = read_policy(policy_file) if policy_file else UtilityPolicy(cost=cost)
         if policy.uncalibrated:
             raise RouterError(

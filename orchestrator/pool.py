@@ -10,6 +10,7 @@ from experts.types import ChatRequest, ExpertCard
 
 __all__ = [
     "estimated_prompt_tokens",
+    "estimated_tokens",
     "has_content",
     "prompt_text",
     "split_pool",
@@ -36,12 +37,15 @@ def has_content(request: AnyRequest) -> bool:
 
 
 def estimated_prompt_tokens(request: AnyRequest) -> int:
-    """About how many tokens the prompt has, without a tokenizer."""
+    """About how many tokens the whole prompt has."""
     if isinstance(request, ChatRequest):
-        characters = sum(len(message.text) for message in request.messages)
-    else:
-        characters = len(prompt_text(request))
-    return characters // CHARACTERS_PER_TOKEN
+        return estimated_tokens("".join(message.text for message in request.messages))
+    return estimated_tokens(prompt_text(request))
+
+
+def estimated_tokens(text: str) -> int:
+    """About how many tokens a text has, without a tokenizer."""
+    return len(text) // CHARACTERS_PER_TOKEN
 
 
 def split_pool(

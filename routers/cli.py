@@ -9,17 +9,16 @@ from pathlib import Path
 import click
 
 from routers.base import RouterError
+from routers.cli_options import (
+    MANIFEST_OPTION,
+    TABLE_OPTION,
+    models_option,
+    settings_option,
+    split_option,
+)
 from routers.registry import get_router_class, registered_routers
 
-__all__ = ["TABLE_OPTION", "print_manifest", "train_command"]
-
-TABLE_OPTION = click.option(
-    "--table",
-    "table_path",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Outcome table: a folder with prompts.parquet and outcomes.parquet.",
-)
+__all__ = ["print_manifest", "train_command"]
 
 # Methods that train something else than a router, each with the command that does it.
 OTHER_METHODS = {"adapter": "experts.cli:train_adapter_command"}
@@ -69,27 +68,15 @@ def _router_command(method: str) -> click.Command:
         type=click.Path(path_type=Path),
         help="Artefact folder to write; an artefact already there is replaced.",
     )
-    @click.option(
-        "--split",
-        default="train",
-        show_default=True,
-        help="Prompts to learn from: train, validation, test or all. All are used if the table "
-        "has no column 'split'.",
-    )
-    @click.option("--models", help="Learn these models only: names with commas between them.")
-    @click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="A hyper-parameter of the method; may be given several times.",
-    )
-    @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+    @split_option("train", "Prompts to learn from")
+    @models_option("Learn")
+    @settings_option("A hyper-parameter of the method")
+    @MANIFEST_OPTION
     def train(
         table_path: Path,
         out: Path,
         split: str,
-        models: str | None,
+        models: list[str] | None,
         settings: tuple[str, ...],
         as_json: bool,
     ) -> None:
@@ -107,7 +94,7 @@ def _train(
     table_path: Path,
     out: Path,
     split: str,
-    models: str | None,
+    models: list[str] | None,
     settings: tuple[str, ...],
 ) -> None:
     from routers.outcomes import OutcomeTable
@@ -121,7 +108,7 @@ def _train(
     if table.prompts.splits is None:
         click.echo(f"{table_path} has no column 'split': learning from all prompts", err=True)
     if models:
-        table = table.restricted_to([name.strip() for name in models.split(",")])
+        table = table.restricted_to(models)
     router.fit(table, split=split).save(out)
 
 

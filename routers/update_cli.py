@@ -10,6 +10,7 @@ import click
 from routers.artefact import Update
 from routers.base import Router, RouterError
 from routers.cli import print_manifest
+from routers.cli_options import MANIFEST_OPTION, TABLE_FOLDER, split_option
 from routers.fitted import FittedRouter
 from routers.outcomes import OutcomeTable
 from routers.registry import ROUTERS, get_router_class, load_router
@@ -29,7 +30,7 @@ ABILITIES = {
 @click.option(
     "--table",
     "table_path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=TABLE_FOLDER,
     help="Outcome table with scores of the models that join, or more rows. Not needed to remove "
     "models.",
 )
@@ -39,13 +40,7 @@ ABILITIES = {
     type=click.Path(path_type=Path),
     help="Artefact folder to write; may be the same. An artefact already there is replaced.",
 )
-@click.option(
-    "--split",
-    default="train",
-    show_default=True,
-    help="Prompts of the table to use: train, validation, test or all. All are used if the table "
-    "has no column 'split'.",
-)
+@split_option("train", "Prompts of the table to use")
 @click.option(
     "--add-model",
     "added",
@@ -67,7 +62,7 @@ ABILITIES = {
     metavar="NAME",
     help="A model to forget, before any joins; may be given several times.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@MANIFEST_OPTION
 def update_command(
     artefact: Path,
     table_path: Path | None,

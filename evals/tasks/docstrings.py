@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from functools import cache
 
-from evals.tasks.base import SPLITS, Sample, Split, Wordings, make_samples, normalise
-from evals.tasks.data import read_jsonl
+from evals.tasks.base import Sample, Split, Wordings, normalise
+from evals.tasks.data import read_samples
 
 _WORDINGS = Wordings(
     shared=(
@@ -46,7 +45,7 @@ class DocstringsTask:
 
     def samples(self, split: Split) -> list[Sample]:
         """Return the samples of one split."""
-        return list(_generate()[split])
+        return list(read_samples(self.name, _pair)[split])
 
     def grade(self, answer_text: str, sample: Sample) -> float:
         """Return the F1 score of the words of the answer's first line with words in it."""
@@ -66,16 +65,5 @@ def token_f1(answer: str, expected: str) -> float:
     return 2 * common / (len(answer_words) + len(expected_words)) if common else 0.0
 
 
-@cache
-def _generate() -> dict[Split, list[Sample]]:
-    rows = read_jsonl("docstrings.jsonl")
-    splits: dict[Split, list[Sample]] = {}
-    for split in SPLITS:
-        rng = random.Random(f"docstrings/{split}")
-        pairs = [
-            (_WORDINGS.pick(rng, split).format(c=row["code"]), row["summary"])
-            for row in rows
-            if row["split"] == split
-        ]
-        splits[split] = make_samples("docstrings", split, pairs)
-    return splits
+def _pair(row: dict[str, str], rng: random.Random, split: Split) -> tuple[str, str]:
+    return _WORDINGS.pick(rng, split).format(c=row["code"]), row["summary"]

@@ -7,10 +7,9 @@ expert is the base model as it is.
 from __future__ import annotations
 
 import random
-from functools import cache
 
-from evals.tasks.base import SPLITS, Sample, Split, Wordings, make_samples, normalise
-from evals.tasks.data import read_jsonl
+from evals.tasks.base import Sample, Split, Wordings, normalise
+from evals.tasks.data import read_samples
 
 _WORDINGS = {
     "capital": Wordings(
@@ -51,7 +50,7 @@ class GeneralTask:
 
     def samples(self, split: Split) -> list[Sample]:
         """Return the samples of one split; alternatives in `answer` are divided by ``|``."""
-        return list(_generate()[split])
+        return list(read_samples(self.name, _pair)[split])
 
     def grade(self, answer_text: str, sample: Sample) -> float:
         """Return 1 if the answer contains one of the expected ones, else 0."""
@@ -59,16 +58,5 @@ class GeneralTask:
         return float(any(f" {normalise(option)} " in answer for option in sample.answer.split("|")))
 
 
-@cache
-def _generate() -> dict[Split, list[Sample]]:
-    rows = read_jsonl("general.jsonl")
-    splits: dict[Split, list[Sample]] = {}
-    for split in SPLITS:
-        rng = random.Random(f"general/{split}")
-        pairs = [
-            (_WORDINGS[row["kind"]].pick(rng, split).format(s=row["subject"]), row["answer"])
-            for row in rows
-            if row["split"] == split
-        ]
-        splits[split] = make_samples("general", split, pairs)
-    return splits
+def _pair(row: dict[str, str], rng: random.Random, split: Split) -> tuple[str, str]:
+    return _WORDINGS[row["kind"]].pick(rng, split).format(s=row["subject"]), row["answer"]

@@ -7,10 +7,9 @@ its own splits are kept, so no utterance is in two of them.
 from __future__ import annotations
 
 import random
-from functools import cache
 
-from evals.tasks.base import SPLITS, Sample, Split, Wordings, make_samples, normalise
-from evals.tasks.data import read_jsonl
+from evals.tasks.base import Sample, Split, Wordings, normalise
+from evals.tasks.data import read_samples
 
 _WORDINGS = Wordings(
     shared=(
@@ -48,23 +47,12 @@ class IntentsTask:
 
     def samples(self, split: Split) -> list[Sample]:
         """Return the samples of one split."""
-        return list(_generate()[split])
+        return list(read_samples(self.name, _pair)[split])
 
     def grade(self, answer_text: str, sample: Sample) -> float:
         """Return 1 if the answer is the expected label after normalisation, else 0."""
         return float(normalise(answer_text) == sample.answer)
 
 
-@cache
-def _generate() -> dict[Split, list[Sample]]:
-    rows = read_jsonl("intents.jsonl")
-    splits: dict[Split, list[Sample]] = {}
-    for split in SPLITS:
-        rng = random.Random(f"intents/{split}")
-        pairs = [
-            (_WORDINGS.pick(rng, split).format(u=row["text"]), normalise(row["intent"]))
-            for row in rows
-            if row["split"] == split
-        ]
-        splits[split] = make_samples("intents", split, pairs)
-    return splits
+def _pair(row: dict[str, str], rng: random.Random, split: Split) -> tuple[str, str]:
+    return _WORDINGS.pick(rng, split).format(u=row["text"]), normalise(row["intent"])

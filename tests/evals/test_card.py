@@ -56,6 +56,16 @@ def test_card_says_what_it_is_made_from_and_how_well_it_does(table_folder):
     assert _card(router, table_folder) == card
 
 
+@pytest.mark.parametrize("fence", ["```", "~~~~"])
+def test_only_headings_of_the_readme_move_down(tmp_path, fence):
+    table = tmp_path / "table"
+    example_table().write(table)
+    block = f"{fence}sh\n# a comment\n{fence[:3]}sh\n# another\n{fence}\n"
+    (table / "README.md").write_text(f"# Made up\n\n{block}\n## Made by\n\n{block}\n## Licence\n")
+    card = _card(BestSingleRouter().fit(OutcomeTable.load(table)), table)
+    assert card.endswith(f"### Made up\n\n{block}\n#### Made by\n\n{block}\n#### Licence\n")
+
+
 def test_card_of_a_router_without_categories(table_folder, tmp_path):
     other = tmp_path / "other" / "table"
     table = example_table(seed=1)

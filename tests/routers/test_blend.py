@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,10 +13,11 @@ from routers.c3po import C3PORouter
 from routers.knn import KNNRouter
 from routers.outcomes import OutcomeTable, Prompts
 from routers.registry import load_router
-from routers.testing import MODELS, example_table
+from routers.testing import MODELS, WORDS, example_table
 from routers.training import clearly_above
 
 COE, KMEANS = "coe encoder=hashing fallback=false", "kmeans encoder=hashing"
+LENGTH = "length bins=2 shrinkage=0"
 
 
 def test_a_member_that_knows_beats_one_that_guesses():
@@ -32,11 +35,28 @@ def test_the_simplest_of_equals_is_taken():
     assert router.metrics_["chosen"] == COE
 
 
-def test_explanations_come_from_the_member_that_knows_categories():
-    router = BlendRouter(members=[KMEANS, COE], tolerance=0.0).fit(example_table(per_split=120))
-    [explanation] = router.predict([Query("court judge")], MODELS).explanations
-    used = {member.method for member in router.members_}
-    assert explanation.category == ("law" if "coe" in used else None)
+@pytest.mark.parametrize("members", [[LENGTH, COE], [COE, LENGTH]])
+def test_explanations_come_from_the_member_that_knows_categories(members):
+    # A category's model is right for short texts, one more for long ones: each member knows half.
+    table = example_table(per_split=120)
+    prompts = replace(
+        table.prompts, texts=[text * (1 + n % 2 * 5) for n, text in enumerate(table.prompts.texts)]
+    )
+    right = [
+        "reader" if n % 2 else MODELS[sorted(WORDS).index(category)]
+        for n, category in enumerate(prompts.categories or [])
+    ]
+    models = [*MODELS, "reader"]
+    scores = np.array([[float(name == model) for model in models] for name in right])
+    router = BlendRouter(members=members).fit(
+        OutcomeTable(prompts, models=models, numbers={"score": scores})
+    )
+    assert [member.method for member in router.members_] == [text.split()[0] for text in members]
+    queries = [Query("court judge"), Query("onion soup salt " * 10)]
+    found = router.predict(queries, models).explanations
+    assert [explanation.category for explanation in found] == ["law", "cooking"]
+    knows = router.members_[members.index(COE)]
+    assert found == knows.predict(queries, models).explanations
 
 
 def test_members_that_need_categories_are_left_out_of_a_table_without():
