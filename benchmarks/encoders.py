@@ -39,7 +39,7 @@ ENCODERS = (
     REFERENCE, "minilm-l2-int8", "minilm-fp32", "minilm-int8", "multilingual", "static",
     "characters", "surface", "minilm-l2-int8+surface", "minilm-l2-int8+characters",
 )  # fmt: skip
-METHODS = ("coe soft=true fallback=false", "kmeans", "ridge")
+METHODS = ("coe", "coe ngrams=false", "kmeans", "ridge")
 LENGTHS = (20, 256)
 ROUNDS = 40
 # Questions in five languages, each with the MMLU-Pro subject that it belongs to.
@@ -92,9 +92,9 @@ def forget(name: str) -> None:
 def measure_routers(
     parts: list[OutcomeTable], names: list[str], label: str
 ) -> dict[str, dict[str, Any]]:
-    """Scores of each method with each encoder, and how often ``coe`` names the category."""
+    """Scores of each method with each encoder, and how often it names the category if it does."""
     scores: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
-    named: dict[str, list[bool]] = {}
+    named: dict[tuple[str, str], list[bool]] = {}
     with tqdm(total=len(names) * len(METHODS) * len(parts), desc=label, delay=2) as bar:
         for part in parts:
             texts = part.with_prompts_of("test")
@@ -109,7 +109,8 @@ def measure_routers(
                     if router.method == "coe" and texts.categories:
                         found = [e.category for e in prediction.explanations]
                         pairs = zip(found, texts.categories, strict=True)
-                        named.setdefault(name, []).extend(a == b for a, b in pairs)
+                        hits = named.setdefault((name, method), [])
+                        hits.extend(a == b for a, b in pairs)
                     bar.update()
     chinese = np.array([_is_chinese(t) for p in parts for t in p.with_prompts_of("test").texts])
     joined = {key: np.concatenate(rows) for key, rows in scores.items()}
@@ -120,8 +121,8 @@ def measure_routers(
             reference = joined[REFERENCE, method][chinese]
             line["chinese"] = _line(row[chinese], reference)
         lines.setdefault(name, {})[method] = line
-    for name, hits in named.items():
-        lines[name]["accuracy"] = float(np.mean(hits))
+    for (name, method), hits in named.items():
+        lines[name][method]["named"] = float(np.mean(hits))
     return lines
 
 
@@ -176,7 +177,7 @@ def markdown(command: str, results: dict[str, Any]) -> str:
             "",
             "## Routing",
             "",
-            f"{how_judged(None, FOLDS)}: how often the category is named, "
+            f"{how_judged(None, FOLDS)}: how often the category is named rightly, "
             "the mean score of the models chosen, and what that differs from "
             f"`{REFERENCE}` on the same prompts (95% intervals).",
         ]
@@ -207,11 +208,11 @@ def markdown(command: str, results: dict[str, Any]) -> str:
 
 
 def _scores(found: dict[str, dict[str, Any]]) -> list[str]:
-    accuracy = any("accuracy" in line for line in found.values())
-    heads = ["encoder", *(["category named"] if accuracy else []), *(f"`{m}`" for m in METHODS)]
+    naming = [m for m in METHODS if any("named" in line[m] for line in found.values())]
+    heads = ["encoder", *(f"`{m}` names" for m in naming), *(f"`{m}`" for m in METHODS)]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, line in found.items():
-        cells = [f"`{name}`", *([f"{line.get('accuracy', float('nan')):.3f}"] if accuracy else [])]
+        cells = [f"`{name}`", *(f"{line[method]['named']:.3f}" for method in naming)]
         for method in METHODS:
             at = line[method]
             gain = " " + with_interval(at, "+.3f", keys=GAIN)

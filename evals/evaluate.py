@@ -111,7 +111,7 @@ def judge(
     scores = table.scores(split, candidates)
     costs, cost_unit = _costs(table, first.prompts, split, candidates, cost)
     maker = _LineMaker(first.prompts, candidates, scores, costs)
-    notes = _notes(table, scores)
+    notes = _notes(table, candidates, scores)
     lines = [maker.chosen(d.name, "router", d.choice) for d in decisions]
     lines += _baselines(maker, table, split, notes)
     lines += [maker.chosen(name, "model", maker.constant(j)) for j, name in enumerate(candidates)]
@@ -158,10 +158,17 @@ def _costs(
     return np.tile(sizes, (len(prompts), 1)), "active params (B)"
 
 
-def _notes(table: OutcomeTable, scores: NDArray[np.float64]) -> list[str]:
+def _notes(
+    table: OutcomeTable, candidates: Sequence[str], scores: NDArray[np.float64]
+) -> list[str]:
     import numpy as np
 
     notes = []
+    if left_out := [repr(name) for name in table.models if name not in candidates]:
+        notes.append(
+            f"left out, also by the baselines and the oracle: {', '.join(left_out)}; a model is "
+            "compared if every router predicts for it"
+        )
     if table.prompts.splits is None:
         notes.append("the table has no column 'split': all prompts are judged on")
     missing = int(np.isnan(scores).sum())

@@ -127,6 +127,17 @@ def test_missing_scores_are_left_out_and_noted(fitted):
     assert evaluation.notes[0].startswith("30 of 180 scores are missing")
 
 
+def test_models_outside_the_comparison_are_named(fitted):
+    table = example_table()
+    decisions = decide("mine", fitted["coe"], table, split="test", candidates=MODELS[1:])
+    assert (
+        judge([decisions], table, split="test")
+        .notes[0]
+        .startswith(f"left out, also by the baselines and the oracle: {MODELS[0]!r};")
+    )
+    assert not _judged(fitted).notes
+
+
 def test_hash_is_of_the_lines_prompt_and_model():
     expected = hashlib.sha256(b"p1,a\np2,b\n").hexdigest()
     assert decisions_sha256(["p1", "p2"], ["a", "b"]) == expected

