@@ -111,7 +111,7 @@ def judge(
     scores = table.scores(split, candidates)
     costs, cost_unit = _costs(table, first.prompts, split, candidates, cost)
     maker = _LineMaker(first.prompts, candidates, scores, costs)
-    notes = _notes(table, candidates, scores)
+    notes = _notes(table, candidates, scores, costs)
     lines = [maker.chosen(d.name, "router", d.choice) for d in decisions]
     lines += _baselines(maker, table, split, notes)
     lines += [maker.chosen(name, "model", maker.constant(j)) for j, name in enumerate(candidates)]
@@ -148,7 +148,8 @@ def _costs(
         if np.isnan(costs).all() and priced:
             tokens = [estimated_tokens(text) for text in prompts.texts]
             return ExpectedCosts.of(cards).usd(tokens), "expected USD"
-        if unit == "usd" or not np.isnan(costs).all():
+        # A price of 0 is that of whoever has none, if nobody has another: as policies see it.
+        if unit == "usd" or (costs > 0).any():
             return costs, "USD"
     sizes = [card.active_params_b or card.total_params_b or float("nan") for card in cards]
     latency = table.latency_s(split, candidates)
@@ -159,7 +160,10 @@ def _costs(
 
 
 def _notes(
-    table: OutcomeTable, candidates: Sequence[str], scores: NDArray[np.float64]
+    table: OutcomeTable,
+    candidates: Sequence[str],
+    scores: NDArray[np.float64],
+    costs: NDArray[np.float64],
 ) -> list[str]:
     import numpy as np
 
@@ -177,6 +181,11 @@ def _notes(
             f"{missing} of {scores.size} scores are missing; each line averages the prompts on "
             "which its models were run"
         )
+    for what, cells in (("score", scores), ("cost", costs)):
+        unknown = np.isnan(cells).all(axis=0)
+        if 0 < unknown.sum() < len(candidates):
+            listed = ", ".join(repr(candidates[j]) for j in np.flatnonzero(unknown))
+            notes.append(f"no {what} of {listed} is known, so the curve's figures may be missing")
     return notes
 
 
@@ -215,7 +224,6 @@ class _LineMaker:
         self.scores = scores
         self.costs = costs
         self._values: dict[tuple[str, str], NDArray[np.float64]] = {}
-        self._means: dict[str, float] = {}
 
     def constant(self, model: int) -> NDArray[np.intp]:
         """The choice of one model for every prompt."""
@@ -247,8 +255,6 @@ class _LineMaker:
 
         self._values[kind, name] = values
         score = bootstrap_mean(values)
-        if kind != "model":
-            self._means[name] = score.mean
         by_category, macro = {}, None
         if self.prompts.categories is not None:
             labels = np.array(self.prompts.categories)
@@ -258,12 +264,16 @@ class _LineMaker:
         return Line(name, kind, score, by_category, macro, cost, shares or {})
 
     def compared(self, line: Line) -> Line:
-        """The line with its differences to random and best single."""
+        """The line with its differences to random and best single, on the prompts both have."""
+        import numpy as np
+
         values = self._values[line.kind, line.name]
         versus = {
             other: paired_difference(values, self._values["baseline", other])
             for other in ("best single", "random")
             if other != line.name
         }
-        closed = gap_closed(line.score.mean, self._means["best single"], self._means["oracle"])
+        ends = values, self._values["baseline", "best single"], self._values["bound", "oracle"]
+        known = ~np.isnan(ends).any(axis=0)
+        closed = gap_closed(*(float(one[known].mean()) for one in ends)) if known.any() else np.nan
         return replace(line, versus=versus, gap_closed=closed)

@@ -112,22 +112,26 @@ def evaluate_command(
             click.echo(f"{table_path} has no outcomes.parquet: nothing to score", err=True)
             return
         evaluation = judge(made, table, split=split, cost=cost or policy.cost)
+        report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)
+        if html_file:
+            _write(html_file, as_html(evaluation))
+        if card:
+            readme = table_path / "README.md"
+            about = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+            _write(card, as_card(read_manifest(artefacts[0]), made[0], evaluation, about))
+        if json_file and str(json_file) != "-":
+            _write(json_file, report + "\n")
     except (RouterError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
-    report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)
-    if html_file:
-        html_file.write_text(as_html(evaluation), encoding="utf-8")
-    if card:
-        readme = table_path / "README.md"
-        about = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-        manifest = read_manifest(artefacts[0])
-        card.write_text(as_card(manifest, made[0], evaluation, about), encoding="utf-8")
     if json_file and str(json_file) == "-":
         click.echo(report)
         return
-    if json_file:
-        json_file.write_text(report + "\n", encoding="utf-8")
     click.echo(as_text(evaluation), nl=False)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def _load_all(artefacts: tuple[str, ...]) -> dict[str, Router]:

@@ -114,9 +114,11 @@ def figures_of(
         for d in decisions
     }
     single = [mean_point(scores, costs, np.full(n_prompts, j)) for j in range(n_models)]
+    # A model that was not run on this split is no point to compare with.
+    single = [point for point in single if math.isfinite(point.score)]
     everybody = [*single, *(point for curve in curves.values() for point in curve.values())]
-    priced = all(math.isfinite(point.cost) for point in everybody)
-    best = max(single, key=lambda point: point.score)
+    priced = bool(single) and all(math.isfinite(x) for point in everybody for x in point)
+    dearest = max((point.cost for point in everybody), default=0.0)
     figures = {}
     for d in decisions:
         points = list(curves[d.name].values())
@@ -152,9 +154,11 @@ def figures_of(
                 known, apgr=apgr(by_share), cpt_50=cpt(by_share, 0.5), cpt_80=cpt(by_share, 0.8)
             )
         if priced and points:
+            best = max(single, key=lambda point: point.score)
             known = replace(
                 known,
-                aiq=aiq(points),
+                # All areas reach to the same cost, or a router would gain by wasting money.
+                aiq=aiq([*points, Point(dearest, 0.0)]),
                 perf_gain=perf_gain(points, best),
                 cost_save=cost_save(points, best),
                 pareto_distance=pareto_distance(points, everybody),

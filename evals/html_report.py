@@ -75,7 +75,11 @@ def _colour(number: int) -> str:
 
 def _curves(evaluation: Evaluation) -> str:
     """Mean cost against mean score: routers along the knob, single models, bounds."""
-    models = [line for line in evaluation.lines if line.kind == "model"]
+    models = [
+        line
+        for line in evaluation.lines
+        if line.kind == "model" and math.isfinite(line.cost) and line.score.n
+    ]
     known = [(line.cost, line.score.mean) for line in models]
     points = [*known, *((p.cost, p.score) for f in evaluation.figures.values()
                         for p in f.curve.values())]  # fmt: skip

@@ -37,7 +37,7 @@ FIGURES = {
     "recall@3": "one of the three predicted best is right",
     "rare@1": "recall@1 where at most three models are right",
     "ECE": "expected calibration error of the predicted quality",
-    "AIQ": "mean height of the cost-quality curve's convex hull",
+    "AIQ": "mean height of the cost-quality curve's convex hull, up to the dearest of all points",
     "PerfGain": "best score on the curve, relative to the best single model's",
     "CostSave": "cost saved where the curve is as good as the best single model",
     "ParetoDist": "mean distance of the curve to the Pareto frontier of all",

@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+# What a knob of 0 is taken for: of equally cheap experts the better one, instead of the first.
+LEAST_KNOB = 1e-6
+
+
 class Policy(StrictModel):
     """What all policies share: the knob, ceilings, and the expert that is as good as free.
 
@@ -151,7 +155,7 @@ class Policy(StrictModel):
         Returns:
             Same shape.
         """
-        knob = self.cost_quality if cost_quality is None else cost_quality
+        knob = max(LEAST_KNOB, self.cost_quality if cost_quality is None else cost_quality)
         worth = quality.astype("float64") - self.charges(names, costs)
         return knob * worth - (1 - knob) * self.relative(names, costs)
 

@@ -34,7 +34,7 @@ def pareto_frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def perf_gain(points: Sequence[Point], best_single: Point) -> float:
-    """Greatest score of all points, relative to the best single model's.
+    """Greatest score of all points, relative to the best single model's; NaN if that is 0.
 
     References:
         LLMRouterBench (arXiv:2601.07206).
@@ -43,6 +43,8 @@ def perf_gain(points: Sequence[Point], best_single: Point) -> float:
         >>> perf_gain([Point(1.0, 0.5), Point(2.0, 0.66)], Point(2.0, 0.6))
         0.1
     """
+    if best_single.score <= 0:
+        return float("nan")
     best = max(point.score for point in points)
     return round((best - best_single.score) / best_single.score, 12)
 

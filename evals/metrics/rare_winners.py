@@ -30,15 +30,17 @@ def recall_at(
         at_most_winners: Leave out prompts that more models get right; 3 asks for rare winners.
 
     Returns:
-        1 or 0 for each prompt, NaN for those left out; shape (n_prompts,).
+        1 or 0 for each prompt, NaN for those left out, also where none of the k is right but one
+        was not run; shape (n_prompts,).
     """
     import numpy as np
 
     right = np.nan_to_num(scores, nan=-1.0) >= RIGHT
     winners = right.sum(axis=1)
     top = np.argsort(-quality, axis=1, kind="stable")[:, :k]
-    found = np.take_along_axis(right, top, axis=1).any(axis=1).astype(np.float64)
-    counted = winners > 0
+    found = np.take_along_axis(right, top, axis=1).any(axis=1)
+    not_run = np.take_along_axis(np.isnan(scores), top, axis=1).any(axis=1)
+    counted = (winners > 0) & (found | ~not_run)
     if at_most_winners is not None:
         counted &= winners <= at_most_winners
-    return np.asarray(np.where(counted, found, np.nan))
+    return np.asarray(np.where(counted, found.astype(np.float64), np.nan))

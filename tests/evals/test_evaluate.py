@@ -13,6 +13,7 @@ from evals.decisions import decide, decisions_sha256, shared_pool
 from evals.evaluate import judge
 from evals.evaluate_cli import evaluate_command
 from evals.html_report import as_html
+from evals.metrics import Point, aiq
 from evals.report import as_json, as_text
 from routers.base import RouterError
 from routers.baselines import BestSingleRouter, RandomRouter
@@ -166,7 +167,7 @@ def test_pool_is_what_routers_and_table_share(fitted):
 
 def test_command_prints_a_table_and_writes_every_file(folders):
     names = ("json", "quality", "decisions", "html")
-    files = {name: folders / f"out.{name}" for name in names}
+    files = {name: folders / "new" / f"out.{name}" for name in names}
     options = [part for name, path in files.items() for part in (f"--{name}", path)]
     result = _run(folders / "coe", "--table", folders / "table", *options)
     assert result.exit_code == 0, result.output
@@ -306,6 +307,47 @@ def test_curves_need_costs(fitted):
     free = OutcomeTable(table.prompts, models=MODELS, numbers={"score": table.scores("all")})
     assert np.isnan(_judged(fitted, free).figures["coe"].aiq)
     assert as_json(_judged(fitted, free))["figures"]["coe"]["aiq"] is None
+
+
+def test_free_models_cost_what_policies_weigh(fitted):
+    table = example_table()
+    cards = {m: {"input_usd_per_mtok": 0.0, "output_usd_per_mtok": 0.0, "active_params_b": size}
+             for m, size in zip(MODELS, (1, 8, 4), strict=True)}  # fmt: skip
+    tokens = np.ones(table.scores("all").shape)
+    numbers = {"score": table.scores("all"), "input_tokens": tokens, "output_tokens": tokens}
+    free = OutcomeTable(table.prompts, models=MODELS, numbers=numbers, cards=cards)
+    assert _judged(fitted, free).cost_unit == "active params (B)"
+
+
+def test_a_model_without_scores_or_all_without_success_spoil_nothing(fitted):
+    table = example_table()
+    cards = {m: {"active_params_b": size} for m, size in zip(MODELS, (1, 8, 4), strict=True)}
+    test = table.rows("test")
+    for models, score in ((slice(1), np.nan), (slice(3), 0.0)):
+        scores = table.scores("all")
+        scores[test, models] = score
+        found = _judged(
+            fitted,
+            OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores}, cards=cards),
+        )
+        assert np.isnan(found.figures["coe"].perf_gain)
+        assert as_text(found)
+        assert as_html(found)
+        assert all(not line.gap_closed > 1 for line in found.lines)
+    scores[test] = table.scores("test")
+    scores[test[::2], 0] = np.nan
+    partly = _judged(fitted, OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores}))
+    assert all(not line.gap_closed > 1 + 1e-12 for line in partly.lines)
+
+
+def test_wasting_money_gains_no_area(fitted):
+    table = example_table()
+    table.cards = {m: {"active_params_b": size} for m, size in zip(MODELS, (1, 8, 4), strict=True)}
+    evaluation = _judged(fitted, table, names=("coe", "best_single"))
+    dearest = max(line.cost for line in evaluation.lines if line.kind == "model")
+    for found in evaluation.figures.values():
+        curve = list(found.curve.values())
+        assert found.aiq == pytest.approx(aiq([*curve, Point(dearest, 0.0)]))
 
 
 def test_two_models_get_the_metrics_of_strong_and_weak(fitted):

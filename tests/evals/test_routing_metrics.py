@@ -45,10 +45,10 @@ def test_recall_looks_at_the_first_k_of_solvable_prompts():
     quality = np.array([[0.1, 0.9, 0.5], [0.9, 0.1, 0.1], [0.5, 0.5, 0.5], [0.9, 0.8, 0.1]])
     assert recall_at(1, quality, scores).tolist()[:2] == [0.0, 1.0]
     assert np.isnan(recall_at(1, quality, scores)[2])
-    assert recall_at(2, quality, scores).tolist()[3] == 0.0
+    assert np.isnan(recall_at(2, quality, scores)[3]), "who was not run may be right"
     assert recall_at(3, quality, scores).tolist()[3] == 1.0
     rare = recall_at(1, quality, scores, at_most_winners=1)
-    assert np.isnan(rare).tolist() == [False, True, True, False]
+    assert np.isnan(rare).tolist() == [False, True, True, True]
 
 
 def test_calibration_error_is_averaged_over_models():

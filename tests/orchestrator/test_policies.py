@@ -193,3 +193,12 @@ def test_many_requests_at_once_are_decided_like_one_by_one(policy, knob):
         assert policy.choices(NAMES, q, c, cost_quality=knob)[0] == choice
         utilities = policy.utilities(NAMES, q, c, cost_quality=knob)[0]
         assert order_by_utility(utilities.tolist(), c[0].tolist())[0] == choice
+
+
+def test_of_equally_cheap_experts_the_better_one_is_taken():
+    quality = np.array([[0.1, 0.9, 0.95]])
+    for costs in ([[0.0, 0.0, 0.0]], [[2.0, 2.0, 2.0]]):
+        choice = UtilityPolicy().choices(NAMES, quality, np.array(costs), cost_quality=0.0)
+        assert choice.tolist() == [2]
+    choice = UtilityPolicy().choices(NAMES, quality, np.array([[2.0, 2.0, 3.0]]), cost_quality=0.0)
+    assert choice.tolist() == [1]
