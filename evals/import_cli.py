@@ -33,7 +33,10 @@ __all__ = ["import_command"]
     help="Folder to write.",
 )
 @click.option("--model", help="The model, where the files do not name it.")
-@click.option("--metric", help="lm-eval's metric to take for the score.")
+@click.option(
+    "--metric",
+    help="lm-eval's metric to take for the score, or METRIC,FILTER; the first filter by default.",
+)
 @click.option(
     "--column",
     "columns",

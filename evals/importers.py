@@ -21,6 +21,8 @@ from routers.outcomes import SPLITS, OutcomeTable, Prompts, TableError
 __all__ = ["FORMATS", "ImportOptions", "Row", "build_table", "read_rows"]
 
 NUMBERS = ("input_tokens", "output_tokens", "latency_s", "cost_usd")
+# The csv module's own limit, 128 KiB, is less than a long prompt.
+MAX_CELL = 1 << 30
 PLAIN_COLUMNS = ("prompt", "model", "score", "prompt_id", "category", "split", *NUMBERS)
 
 
@@ -30,7 +32,8 @@ class ImportOptions:
 
     Attributes:
         model: The model's name, where files hold one model's answers and do not name it.
-        metric: lm-eval's metric to take for the score; none takes the only one there is.
+        metric: lm-eval's metric to take for the score, or ``METRIC,FILTER``; none takes the only
+            one there is, of the first filter.
         columns: Names of columns by what they stand for, as in ``{"prompt": "question"}``.
     """
 
@@ -54,6 +57,7 @@ class Row:
 
 def read_csv(path: Path, options: ImportOptions) -> Iterator[Row]:
     """Rows of a CSV file with the columns ``prompt``, ``model``, ``score``; others by name."""
+    csv.field_size_limit(MAX_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         _check_columns(path, reader.fieldnames or [], options)
@@ -75,13 +79,19 @@ def read_lm_eval(path: Path, options: ImportOptions) -> Iterator[Row]:
     """Samples that lm-eval logged (``--log_samples``), one file per task and model.
 
     The prompt is what was sent, the category the task's name, and the model's name that of the
-    folder lm-eval made for it, unless given.
+    folder lm-eval made for it, unless given. A log has every answer once per filter.
     """
     match = re.fullmatch(r"samples_(.+?)(?:_\d{4}-\d\d-\d\dT[\d.:-]+)?\.jsonl", path.name)
     if match is None:
         raise TableError(f"{path}: lm-eval calls its logs samples_TASK_TIME.jsonl; keep that name")
+    wanted, _, kept = (options.metric or "").partition(",")
+    filters: set[str] = set()
     for where, values in _json_lines(path):
-        metric = options.metric or _only_metric(where, values)
+        filters.add(found := str(values.get("filter", "")))
+        kept = kept or found
+        if found != kept:
+            continue
+        metric = wanted or _only_metric(where, values)
         if metric not in values:
             known = ", ".join(repr(name) for name in _metrics(values)) or "none"
             raise TableError(f"{where}: no metric {metric!r}; it has {known}: give --metric")
@@ -94,6 +104,9 @@ def read_lm_eval(path: Path, options: ImportOptions) -> Iterator[Row]:
                 "category": match[1],
             },
         )
+    if filters and kept not in filters:
+        known = ", ".join(map(repr, sorted(filters)))
+        raise TableError(f"{path}: no filter {kept!r} for --metric; it has {known}")
 
 
 def read_alpaca_eval(path: Path, options: ImportOptions) -> Iterator[Row]:
@@ -106,6 +119,8 @@ def read_alpaca_eval(path: Path, options: ImportOptions) -> Iterator[Row]:
         raise TableError(f"{path}: must be a list of annotations, as AlpacaEval writes it")
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
+        if not isinstance(entry, dict):
+            raise TableError(f"{where}: must be an object, not {type(entry).__name__}")
         missing = [n for n in ("instruction", "generator_2", "preference") if n not in entry]
         if missing:
             raise TableError(f"{where}: lacks {', '.join(map(repr, missing))}")
@@ -117,7 +132,8 @@ def read_alpaca_eval(path: Path, options: ImportOptions) -> Iterator[Row]:
             {
                 "prompt": entry["instruction"],
                 "model": options.model or entry["generator_2"],
-                "score": _number(where, "preference", preference) - 1,
+                # A tie is 1.5, in old files 0.
+                "score": (_number(where, "preference", preference) or 1.5) - 1,
                 **({"category": entry["dataset"]} if "dataset" in entry else {}),
             },
         )
@@ -161,7 +177,8 @@ def build_table(rows: Iterable[Row]) -> OutcomeTable:
     models: dict[str, int] = {}
     for row in rows:
         text, model = _text(row, "prompt"), _text(row, "model")
-        prompt_id = str(row.values.get("prompt_id") or _prompt_id(text))
+        given = row.values.get("prompt_id")
+        prompt_id = _prompt_id(text) if given in (None, "") else str(given)
         known = prompts.setdefault(prompt_id, (text, row))
         if known[0] != text:
             raise TableError(f"{row.where}: another prompt has the id {prompt_id!r} in "
@@ -233,7 +250,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TableError(f"{where}: no JSON: {error}") from error
             if not isinstance(values, dict):
                 raise TableError(f"{where}: must be an object, not {type(values).__name__}")
@@ -277,7 +294,7 @@ def _text(row: Row, name: str) -> str:
 def _number(where: str, name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise TableError(f"{where}: {name} is {value!r}; it must be a number")
@@ -307,8 +324,8 @@ def _column(rows: list[Row], name: str) -> list[str] | None:
     if all(value in (None, "") for value in values):
         return None
     for row, value in zip(rows, values, strict=True):
-        if not isinstance(value, str) or not value:
-            raise TableError(f"{row.where}: {name} is {value!r}, but other prompts have one")
+        if not isinstance(value, str | int) or value == "":
+            raise TableError(f"{row.where}: {name} is {value!r}; give every prompt one, or none")
     return [str(value) for value in values]
 
 

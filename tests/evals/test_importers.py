@@ -84,17 +84,45 @@ def test_lm_evals_metric_is_asked_for_where_there_are_several(tmp_path):
     assert _table(tmp_path).scores("all").tolist() == [[0.5]]
 
 
+def test_lm_evals_first_filter_counts_unless_another_is_named(tmp_path):
+    rows = [{**LM_EVAL[0], "filter": "strict-match", "exact_match": 0.0},
+            {**LM_EVAL[0], "filter": "flexible-extract"}]  # fmt: skip
+    content = "\n".join(map(json.dumps, rows))
+    for number, (metric, score) in enumerate(
+        [("exact_match", 0.0), ("exact_match,flexible-extract", 1.0)]
+    ):
+        folder = tmp_path / str(number)
+        result = _run(folder, "samples_t.jsonl", content, "--format", "lm-eval", "--metric", metric)
+        assert result.exit_code == 0, result.output
+        assert _table(folder).scores("all").tolist() == [[score]]
+    result = _run(tmp_path, "samples_t.jsonl", content, "--format", "lm-eval", "--metric", "x,y")
+    assert "no filter 'y' for --metric; it has 'flexible-extract', 'strict-match'" in result.stderr
+
+
+def test_ids_and_categories_may_be_numbers_and_prompts_long(tmp_path):
+    row = {"prompt": "hi", "model": "m", "score": 1, "prompt_id": 0, "category": 0}
+    assert _run(tmp_path, "a.jsonl", json.dumps(row)).exit_code == 0
+    assert _table(tmp_path).prompts.ids == _table(tmp_path).prompts.categories == ["0"]
+    result = _run(tmp_path / "long", "a.csv", f"prompt,model,score\n{'a' * 200_000},m,1\n")
+    assert result.exit_code == 0, result.output
+
+
 def test_alpaca_eval_annotations(tmp_path):
     rows = [
         {"instruction": "Write.", "generator_1": "ref", "generator_2": "m", "preference": 2.0},
         {"instruction": "Sing.", "generator_1": "ref", "generator_2": "m", "preference": 1.5},
+        {"instruction": "Draw.", "generator_1": "ref", "generator_2": "m", "preference": 0},
         {"instruction": "Dance.", "generator_1": "ref", "generator_2": "m", "preference": None},
     ]
     content = json.dumps(rows)
     result = _run(tmp_path, "annotations.json", content, "--format", "alpaca-eval")
     assert result.exit_code == 0, result.output
-    assert _table(tmp_path).prompts.texts == ["Write.", "Sing."]
-    assert _table(tmp_path).scores("all").tolist() == [[1.0], [0.5]]
+    assert _table(tmp_path).prompts.texts == ["Write.", "Sing.", "Draw."]
+    assert _table(tmp_path).scores("all").tolist() == [[1.0], [0.5], [0.5]]
+    result = _run(
+        tmp_path, "other.json", "[1]", "--format", "alpaca-eval", "--out", str(tmp_path / "b")
+    )
+    assert "entry 0: must be an object, not int" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -130,6 +158,11 @@ def test_alpaca_eval_annotations(tmp_path):
         ("a.csv", "prompt,model,score\n", "there are no rows"),
         ("a.jsonl", '{"prompt": "q", "model": "m", "score": 1}\n[1]', "line 2: must be an object"),
         ("a.jsonl", "{", "line 1: no JSON"),
+        (
+            "a.jsonl",
+            '{"prompt": "q", "model": "m", "score": 1' + "0" * 400 + "}",
+            "must be a number",
+        ),
         ("a.txt", "", "which format is it? Give --format"),
     ],
 )
