@@ -88,6 +88,10 @@ def calibrate(
         policy = policy.model_copy(update={"cost": unit})
         number: dict[str, float] = {"price": find_price(policy, names, quality, costs)}
     elif isinstance(policy, ThresholdPolicy):
+        if len(names) < 2:
+            raise RouterError(
+                f"a ceiling of the policy leaves only {names[0]!r}: there is no threshold to find"
+            )
         strong, weak = names.index(policy.strong), names.index(policy.weak)
         gap = quality[:, strong].astype("float64") - quality[:, weak].astype("float64")
         number = {"threshold": find_threshold(policy, gap)}

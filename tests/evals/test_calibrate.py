@@ -7,7 +7,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from evals.calibrate import find_threshold
+from evals.calibrate import calibrate, find_threshold
 from evals.calibrate_cli import calibrate_command
 from evals.decisions import decide
 from evals.evaluate_cli import evaluate_command
@@ -156,3 +156,15 @@ def test_a_policy_file_that_is_none_is_refused(tmp_path):
     file.write_text("policy: {type: lottery}")
     with pytest.raises(RouterError, match="lottery"):
         read_policy(file)
+
+
+def test_a_threshold_needs_both_experts(folders):
+    table = OutcomeTable.load(folders / "table")
+    table.cards = {m: {"latency_s": float(n + 1)} for n, m in enumerate(MODELS)}
+    policy = make_policy(
+        {"type": "threshold", "weak": MODELS[0], "strong": MODELS[2], "strong_share": 0.3,
+         "max_latency_s": 2.0}, name="policy",
+    )  # fmt: skip
+    router = CoERouter.load(folders / "coe")
+    with pytest.raises(RouterError, match=f"leaves only '{MODELS[0]}'"):
+        calibrate(policy, router, table, split="validation", candidates=MODELS)
