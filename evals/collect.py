@@ -80,7 +80,8 @@ class Journal:
     def append(self, answer: Answer) -> None:
         """Keep an answer; it is in the file when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+            # Escaped, since half an emoji, as some engines give, has no UTF-8.
+            file.write(json.dumps(asdict(answer)) + "\n")
         self.answers[answer.prompt_id, answer.model] = answer
 
 

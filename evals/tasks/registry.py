@@ -57,7 +57,7 @@ def get_tasks(name: str) -> Sequence[Task]:
         )
     try:
         task = getattr(import_module(module_name), class_name)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise TaskError(f"cannot load task {name!r}: {error}") from error
     if not isinstance(task, Task):
         raise TaskError(f"{name!r} is not a task: it lacks name, max_tokens, samples or grade")

@@ -203,3 +203,9 @@ def test_active_collection_fails_with_the_experts_own_error(tmp_path: Path) -> N
         asyncio.run(
             collect({"broken": broken}, [ManyWordsTask()], tmp_path, CollectOptions(active=True))
         )
+
+
+def test_half_an_emoji_is_journalled(tmp_path: Path) -> None:
+    answer = Answer("one", "good", "hash", "\ud83d", 1, 1, 0.5)
+    Journal(tmp_path / "answers.jsonl").append(answer)
+    assert Journal(tmp_path / "answers.jsonl").answers["one", "good"] == answer
