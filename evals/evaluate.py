@@ -271,7 +271,7 @@ class _LineMaker:
         versus = {
             other: paired_difference(values, self._values["baseline", other])
             for other in ("best single", "random")
-            if other != line.name
+            if (line.kind, line.name) != ("baseline", other)
         }
         ends = values, self._values["baseline", "best single"], self._values["bound", "oracle"]
         known = ~np.isnan(ends).any(axis=0)

@@ -88,7 +88,8 @@ def _curves(evaluation: Evaluation) -> str:
     levels = [
         line
         for line in evaluation.lines
-        if line.name in ("category table", "category oracle", "random")
+        if line.kind in ("baseline", "bound")
+        and line.name in ("category table", "category oracle", "random")
     ]
     plot = Plot(
         "Cost and quality",

@@ -83,6 +83,8 @@ def test_no_router_beats_the_oracle_and_gaps_have_their_ends(fitted):
     assert lines["baseline", "best single"].gap_closed == 0
     assert lines["router", "best_single"].versus["best single"].mean == 0
     assert lines["router", "coe"].versus["random"].low > 0
+    # A router may be called like a baseline.
+    assert set(lines["router", "random"].versus) == {"best single", "random"}
 
 
 def test_shares_sum_to_one(fitted):
