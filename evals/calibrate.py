@@ -121,7 +121,7 @@ def _measured(
     return Calibrated(
         policy,
         line.score,
-        line.cost,
+        line.cost.mean,
         evaluation.cost_unit,
         line.shares,
         figures.experts_asked,

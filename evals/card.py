@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from evals.decisions import Decisions
 from evals.evaluate import Evaluation
 from evals.metrics import bootstrap_mean
-from evals.report import head, row_of, with_interval
+from evals.report import LEGEND, line_rows, markdown_table, with_interval
 from routers.artefact import Manifest
 from routers.category_classifier import expected_calibration_error
 from routers.registry import get_router_class
@@ -47,7 +47,7 @@ def as_card(manifest: Manifest, decisions: Decisions, evaluation: Evaluation, ab
     parts = [
         f"# {decisions.name}",
         (get_router_class(manifest.method).__doc__ or "").strip().split("\n\n")[0],
-        _table(["", ""], _facts(manifest)),
+        markdown_table([["", ""], *_facts(manifest)]),
         "## Metrics",
         *_metrics(manifest, decisions, evaluation),
         "## The data",
@@ -85,20 +85,20 @@ def _metrics(manifest: Manifest, decisions: Decisions, evaluation: Evaluation) -
         f"`{decisions.sha256}`."
     )
     # Without the last column: what an answer costs says nothing of the router.
-    lines = [row_of(line)[:-1] for line in evaluation.lines if line.kind != "model"]
-    yield _table(head(evaluation)[:-1], lines)
+    kinds = ["", *(line.kind for line in evaluation.lines)]
+    rows = zip(kinds, line_rows(evaluation), strict=True)
+    yield markdown_table([row[:-1] for kind, row in rows if kind != "model"])
     yield (
-        "Score: of the answers of the models chosen. Macro: mean of the category means. Gap: share "
-        "of the way from best single to oracle. Lines with * know the scores. Expected calibration "
-        "error of the predicted quality: "
-        f"{evaluation.figures[decisions.name].calibration_error:.3f}."
+        f"Score: of the answers of the models chosen; {LEGEND}. Expected calibration error of the "
+        "predicted quality: "
+        f"{with_interval(evaluation.figures[decisions.name].calibration_error)}."
     )
     naming = _naming(decisions)
     if naming:
         yield "How well it names the category:"
-        yield _table(["", ""], naming)
+        yield markdown_table([["", ""], *naming])
     if decisions.prompts.categories is not None:
-        yield _table(*_by_category(decisions, evaluation, named=bool(naming)))
+        yield markdown_table(_by_category(decisions, evaluation, named=bool(naming)))
     yield from (f"Note: {note}." for note in evaluation.notes)
 
 
@@ -127,10 +127,8 @@ def _naming(decisions: Decisions) -> list[list[str]]:
     return rows
 
 
-def _by_category(
-    decisions: Decisions, evaluation: Evaluation, *, named: bool
-) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: scores, and what it takes each category for if it names any."""
+def _by_category(decisions: Decisions, evaluation: Evaluation, *, named: bool) -> list[list[str]]:
+    """Scores, and what it takes each category for if it names any; the head first."""
     router = evaluation.lines[0]
     single = next(line for line in evaluation.lines if line.name == "best single")
     header = ["category", "n", "score", "best single"]
@@ -142,7 +140,7 @@ def _by_category(
         header += ["named rightly", "else mostly taken for"]
         for row in rows:
             row += _taken_for(row[0], decisions)
-    return header, rows
+    return [header, *rows]
 
 
 def _taken_for(category: str, decisions: Decisions) -> list[str]:
@@ -164,9 +162,3 @@ def _mean(values: Sequence[float] | NDArray[np.float64]) -> str:
     import numpy as np
 
     return with_interval(bootstrap_mean(np.array(values, np.float64)))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

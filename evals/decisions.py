@@ -51,6 +51,7 @@ class Decisions:
         fallbacks: For how many prompts the router fell back to its general category.
         sha256: Hash of the decisions; see ``decisions_sha256``.
         microseconds: Median time of predicting for one prompt, encoding included.
+        training_s: Seconds that training took; NaN where nobody knows.
         sweep: The choices at other values of the knob, for the cost-quality curve.
         asked: Positions of all models that shall answer, the chosen one first, for each prompt;
             none if the policy never wants more than one.
@@ -67,6 +68,7 @@ class Decisions:
     fallbacks: int
     sha256: str
     microseconds: float = float("nan")
+    training_s: float = float("nan")
     sweep: dict[float, NDArray[np.intp]] = field(default_factory=dict)
     asked: list[list[int]] | None = None
     explanations: Sequence[Explanation] = ()

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from evals.decisions import Decisions
 from evals.figures import Figures, figures_of
 from evals.metrics import (
+    UNKNOWN,
     Estimate,
+    Resamples,
     best_single_choice,
     bootstrap_mean,
     chosen,
@@ -45,10 +47,12 @@ class Line:
         score: Mean score.
         by_category: Mean score within each category.
         macro: Mean of the category means; none without categories.
-        cost: Mean cost of a prompt, in the evaluation's ``cost_unit``; NaN where unknown.
+        cost: Mean cost of a prompt, in the evaluation's ``cost_unit``.
         shares: Share of prompts each model got.
-        versus: Paired differences, by the other line's name.
+        versus: Paired differences, by the other line's name: to the baselines, and of routers to
+            each other.
         gap_closed: Share of the way from best single to the oracle.
+        category_gap_closed: The same to the category oracle.
     """
 
     name: str
@@ -56,10 +60,11 @@ class Line:
     score: Estimate
     by_category: dict[str, Estimate] = field(default_factory=dict)
     macro: Estimate | None = None
-    cost: float = float("nan")
+    cost: Estimate = UNKNOWN
     shares: dict[str, float] = field(default_factory=dict)
     versus: dict[str, Estimate] = field(default_factory=dict)
-    gap_closed: float = float("nan")
+    gap_closed: Estimate = UNKNOWN
+    category_gap_closed: Estimate = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def judge(
         table_sha256=table.sha256,
         decisions={d.name: d.sha256 for d in decisions},
         fallbacks={d.name: d.fallbacks for d in decisions},
-        lines=[maker.compared(line) for line in lines],
+        lines=maker.compared(lines),
         notes=notes,
         figures=figures_of(decisions, scores, costs),
     )
@@ -223,6 +228,7 @@ class _LineMaker:
         self.candidates = candidates
         self.scores = scores
         self.costs = costs
+        self._resamples = Resamples(len(scores))
         self._values: dict[tuple[str, str], NDArray[np.float64]] = {}
 
     def constant(self, model: int) -> NDArray[np.intp]:
@@ -237,9 +243,7 @@ class _LineMaker:
 
         counts = np.bincount(choice, minlength=len(self.candidates)) / max(len(choice), 1)
         shares = {m: float(c) for m, c in zip(self.candidates, counts, strict=True) if c > 0}
-        costs = chosen(self.costs, choice)
-        known = costs[~np.isnan(costs)]
-        cost = float(known.mean()) if len(known) else float("nan")
+        cost = bootstrap_mean(chosen(self.costs, choice))
         return self.values(name, kind, chosen(self.scores, choice), cost, shares)
 
     def values(
@@ -247,7 +251,7 @@ class _LineMaker:
         name: str,
         kind: str,
         values: NDArray[np.float64],
-        cost: float = float("nan"),
+        cost: Estimate = UNKNOWN,
         shares: dict[str, float] | None = None,
     ) -> Line:
         """The line of one score per prompt."""
@@ -263,17 +267,55 @@ class _LineMaker:
             macro = macro_mean(values, self.prompts.categories)
         return Line(name, kind, score, by_category, macro, cost, shares or {})
 
-    def compared(self, line: Line) -> Line:
-        """The line with its differences to random and best single, on the prompts both have."""
+    def compared(self, lines: Sequence[Line]) -> list[Line]:
+        """The lines with their differences and gaps, each on the prompts that all parties have."""
+        baselines = [("baseline", name) for name in ("best single", "random", "category table")]
+        routers = [("router", line.name) for line in lines if line.kind == "router"]
+        found = []
+        for line in lines:
+            own = (line.kind, line.name)
+            others = [*baselines, *(routers if line.kind == "router" else [])]
+            versus = {
+                # A router may be called like a baseline.
+                other: paired_difference(self._values[own], self._values[kind, other])
+                for kind, other in reversed(others)
+                if (kind, other) in self._values and (kind, other) != own
+            }
+            found.append(replace(line, versus=dict(reversed(versus.items()))))
+        best = ("baseline", "best single")
+        gaps = self._gaps(found, best, ("bound", "oracle"))
+        found = [replace(one, gap_closed=gap) for one, gap in zip(found, gaps, strict=True)]
+        if ("bound", "category oracle") in self._values:
+            gaps = self._gaps(found, best, ("bound", "category oracle"))
+            found = [
+                replace(one, category_gap_closed=gap) for one, gap in zip(found, gaps, strict=True)
+            ]
+        return found
+
+    def _gaps(
+        self, lines: Sequence[Line], low: tuple[str, str], high: tuple[str, str]
+    ) -> list[Estimate]:
+        """Share of the way between two lines that each line goes."""
         import numpy as np
 
-        values = self._values[line.kind, line.name]
-        versus = {
-            other: paired_difference(values, self._values["baseline", other])
-            for other in ("best single", "random")
-            if (line.kind, line.name) != ("baseline", other)
-        }
-        ends = values, self._values["baseline", "best single"], self._values["bound", "oracle"]
-        known = ~np.isnan(ends).any(axis=0)
-        closed = gap_closed(*(float(one[known].mean()) for one in ends)) if known.any() else np.nan
-        return replace(line, versus=versus, gap_closed=closed)
+        ends = np.stack([self._values[low], self._values[high]], axis=1)
+        sets = []
+        for line in lines:
+            values = np.column_stack([self._values[line.kind, line.name], ends])
+            values[np.isnan(values).any(axis=1)] = np.nan
+            sets.append(values)
+        drawn = self._resamples.means(np.concatenate(sets, axis=1))
+        gaps = []
+        for number, values in enumerate(sets):
+            known = values[~np.isnan(values[:, 0])]
+            samples = drawn[:, 3 * number : 3 * number + 3].tolist()
+            gaps.append(
+                self._resamples.estimate(
+                    gap_closed(*known.mean(axis=0).tolist()),
+                    [gap_closed(*means) for means in samples],
+                    len(known),
+                )
+                if len(known)
+                else UNKNOWN
+            )
+        return gaps

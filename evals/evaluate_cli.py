@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -45,6 +46,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--json", "json_file", type=FILE, help="Write the report as JSON; - for stdout.")
 @click.option("--quality", type=FILE, help="Write predictions: parquet prompt_id, model, quality.")
 @click.option("--decisions", type=FILE, help="Write decisions: parquet prompt_id, model.")
+@click.option("--markdown", "markdown_file", type=FILE, help="Write the report as Markdown.")
 @click.option("--html", "html_file", type=FILE, help="Write the report as one HTML page.")
 @click.option(
     "--card",
@@ -62,6 +64,7 @@ def evaluate_command(
     json_file: Path | None,
     quality: Path | None,
     decisions: Path | None,
+    markdown_file: Path | None,
     html_file: Path | None,
     card: Path | None,
 ) -> None:
@@ -74,8 +77,8 @@ def evaluate_command(
     from evals.decisions import decide, shared_pool
     from evals.evaluate import judge
     from evals.html_report import as_html
-    from evals.report import as_json, as_text, write_decisions, write_quality
-    from routers.artefact import read_manifest
+    from evals.report import as_json, as_markdown, as_text, write_decisions, write_quality
+    from routers.artefact import read_manifest, read_training_s
     from routers.outcomes import OutcomeTable
 
     if len(artefacts) > 1 and (quality or decisions or card):
@@ -91,16 +94,19 @@ def evaluate_command(
                 "'collegium calibrate' finds it"
             )
         made = [
-            decide(
-                name,
-                router,
-                table,
-                split=split,
-                candidates=pool,
-                policy=policy,
-                cost_quality=cost_quality,
+            replace(
+                decide(
+                    name,
+                    router,
+                    table,
+                    split=split,
+                    candidates=pool,
+                    policy=policy,
+                    cost_quality=cost_quality,
+                ),
+                training_s=read_training_s(path),
             )
-            for name, router in routers.items()
+            for path, (name, router) in zip(artefacts, routers.items(), strict=True)
         ]
         if quality:
             write_quality(made[0], quality)
@@ -113,6 +119,8 @@ def evaluate_command(
             return
         evaluation = judge(made, table, split=split, cost=cost or policy.cost)
         report = json.dumps(as_json(evaluation), indent=1, ensure_ascii=False)
+        if markdown_file:
+            _write(markdown_file, as_markdown(evaluation))
         if html_file:
             _write(html_file, as_html(evaluation))
         if card:

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from evals.evaluate import Evaluation, Line
 from evals.figures import Figures, Loss
 from evals.report import (
-    BOUND,
-    FIGURES,
-    GAP,
-    MACRO,
+    LEGEND,
     category_rows,
+    difference_rows,
+    facts_of,
     figure_rows,
-    head,
-    row_of,
+    line_rows,
+    title_of,
     with_interval,
 )
 from evals.svg import Plot
@@ -32,20 +31,12 @@ SHOWN_CHARACTERS = 400
 
 def as_html(evaluation: Evaluation) -> str:
     """One self-contained page: pictures, tables, the worst decisions, the hashes."""
-    title = f"{evaluation.n_prompts} prompts of split {evaluation.split!r}"
-    facts = [
-        f"{len(evaluation.candidates)} models, policy {evaluation.policy.type!r} at cost-quality "
-        f"{evaluation.cost_quality:g}",
-        f"table sha256 {evaluation.table_sha256}",
-        *(f"decisions sha256 {d} ({name})" for name, d in evaluation.decisions.items()),
-        *(f"note: {note}" for note in evaluation.notes),
-    ]
     parts = [
         _PAGE_HEAD,
-        f"<h1>Collegium: {html.escape(title)}</h1>",
+        f"<h1>Collegium: {html.escape(title_of(evaluation))}</h1>",
         _bars(evaluation.lines),
-        _note(f"Whiskers: 95% intervals; macro: {MACRO}; gap: {GAP}; *: {BOUND}."),
-        _html_table([head(evaluation), *(row_of(line) for line in evaluation.lines)]),
+        _note(f"Whiskers: 95% intervals; {LEGEND}."),
+        _html_table(line_rows(evaluation)),
         '<div class="pair">',
         _curves(evaluation),
         _reliability(evaluation.figures),
@@ -54,14 +45,11 @@ def as_html(evaluation: Evaluation) -> str:
     if evaluation.lines[0].by_category:
         parts += ["<h2>By category</h2>", _html_table(category_rows(evaluation))]
         parts += [_map(name, evaluation) for name in evaluation.figures]
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in FIGURES.items())
-    parts += [
-        "<h2>Further figures of the routers</h2>",
-        _html_table(figure_rows(evaluation)),
-        _note(f"{meanings}."),
-    ]
+    if differences := difference_rows(evaluation):
+        parts += ["<h2>Routers against each other</h2>", _html_table(differences)]
+    parts += ["<h2>Further figures of the routers</h2>", _html_table(figure_rows(evaluation))]
     parts += [_losses(name, found.losses) for name, found in evaluation.figures.items()]
-    parts += [_note(fact) for fact in facts]
+    parts += [_note(fact) for fact in facts_of(evaluation)]
     return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
@@ -76,11 +64,9 @@ def _colour(number: int) -> str:
 def _curves(evaluation: Evaluation) -> str:
     """Mean cost against mean score: routers along the knob, single models, bounds."""
     models = [
-        line
-        for line in evaluation.lines
-        if line.kind == "model" and math.isfinite(line.cost) and line.score.n
+        line for line in evaluation.lines if line.kind == "model" and line.cost.n and line.score.n
     ]
-    known = [(line.cost, line.score.mean) for line in models]
+    known = [(line.cost.mean, line.score.mean) for line in models]
     points = [*known, *((p.cost, p.score) for f in evaluation.figures.values()
                         for p in f.curve.values())]  # fmt: skip
     if not points or not all(math.isfinite(x) and math.isfinite(y) for x, y in points):
@@ -101,7 +87,7 @@ def _curves(evaluation: Evaluation) -> str:
     for line in levels:
         plot.level(line.score.mean, line.name)
     for line in models:
-        plot.dot(line.cost, line.score.mean, COLOURS["baseline"], line.name)
+        plot.dot(line.cost.mean, line.score.mean, COLOURS["baseline"], line.name)
     for number, (name, found) in enumerate(evaluation.figures.items()):
         plot.line(
             [(point.cost, point.score) for point in found.curve.values()],

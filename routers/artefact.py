@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -38,11 +39,13 @@ __all__ = [
     "encoder_of",
     "load_artefact",
     "read_manifest",
+    "read_training_s",
     "save_artefact",
+    "write_training_s",
 ]
 
 FORMAT_VERSION = 1
-ARRAYS, MANIFEST = "arrays.safetensors", "manifest.json"
+ARRAYS, MANIFEST, TIMING = "arrays.safetensors", "manifest.json", "timing.json"
 
 
 class EncoderId(BaseModel):
@@ -224,6 +227,22 @@ def read_manifest(path: Path | str) -> Manifest:
             f"collegium reads {FORMAT_VERSION}: train it again"
         )
     return manifest
+
+
+def write_training_s(path: Path, seconds: float) -> None:
+    """Note beside an artefact how long its training took.
+
+    A file of its own, because the artefact's are the same whoever trains it, wherever.
+    """
+    (path / TIMING).write_text(json.dumps({"training_s": round(seconds, 3)}) + "\n")
+
+
+def read_training_s(path: Path | str) -> float:
+    """Seconds that training took; NaN if nobody noted them."""
+    try:
+        return float(json.loads((Path(path) / TIMING).read_text())["training_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.nan
 
 
 def load_artefact(path: Path | str, *, method: str) -> Artefact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 
 import click
@@ -97,6 +98,7 @@ def _train(
     models: list[str] | None,
     settings: tuple[str, ...],
 ) -> None:
+    from routers.artefact import write_training_s
     from routers.outcomes import OutcomeTable
     from routers.params import check_known_params, parse_settings
 
@@ -109,7 +111,11 @@ def _train(
         click.echo(f"{table_path} has no column 'split': learning from all prompts", err=True)
     if models:
         table = table.restricted_to(models)
+    started = time.monotonic()
     router.fit(table, split=split).save(out)
+    seconds = time.monotonic() - started
+    write_training_s(out, seconds)
+    click.echo(f"trained in {seconds:.1f} s", err=True)
 
 
 def print_manifest(out: Path, as_json: bool) -> None:

@@ -21,14 +21,23 @@ from evals.metrics.cost_curve import (
     pareto_frontier,
     perf_gain,
 )
-from evals.metrics.estimates import Estimate, bootstrap_mean, macro_mean, paired_difference
+from evals.metrics.estimates import (
+    UNKNOWN,
+    Estimate,
+    Resamples,
+    bootstrap_mean,
+    macro_mean,
+    paired_difference,
+)
 from evals.metrics.rare_winners import recall_at
 from evals.metrics.regret import regret
 from evals.metrics.strong_weak import StrongWeakCurve, apgr, cpt, pgr, strong_weak_curve
 
 __all__ = [
+    "UNKNOWN",
     "Estimate",
     "Point",
+    "Resamples",
     "StrongWeakCurve",
     "aiq",
     "apgr",

@@ -10,12 +10,22 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Estimate", "bootstrap_mean", "macro_mean", "paired_difference"]
+__all__ = [
+    "UNKNOWN",
+    "Estimate",
+    "Resamples",
+    "bootstrap_mean",
+    "macro_mean",
+    "paired_difference",
+]
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 # With so many values the mean is as good as normal, and resampling them would take minutes.
 NORMAL_FROM = 5000
+# Of figures that are more than a mean and take longer; fewer where only their spread is needed.
+FIGURE_RESAMPLES = 500
+SPREAD_RESAMPLES = 100
 # Indices drawn at a time; bounds memory at about 32 MB.
 CHUNK_CELLS = 4_000_000
 
@@ -34,6 +44,84 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
+
+
+UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"), 0)
+
+
+class Resamples:
+    """Bootstrap samples of prompts for figures that are no mean of one number per prompt.
+
+    All figures of an evaluation share the samples, so what they are made of stays paired.
+
+    Args:
+        n_prompts: How many there are.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the samples.
+    """
+
+    def __init__(self, n_prompts: int, *, resamples: int = FIGURE_RESAMPLES, seed: int = 0) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        self.counts = np.array(
+            [
+                np.bincount(rng.integers(0, n_prompts, n_prompts), minlength=n_prompts)
+                for _ in range(resamples)
+            ],
+            np.uint8,
+        )
+        """How often each sample has each prompt, shape (resamples, n_prompts)."""
+
+    def totals(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums over each sample.
+
+        Args:
+            values: Shape (n_prompts, n_columns), without gaps.
+
+        Returns:
+            Shape (resamples, n_columns).
+        """
+        import numpy as np
+
+        step = max(1, CHUNK_CELLS // max(len(values), 1))
+        starts = range(0, len(self.counts), step)
+        return np.concatenate([self.counts[start : start + step] @ values for start in starts])
+
+    def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Means over each sample, NaN left out; NaN where a sample has nothing to average.
+
+        Args:
+            values: Shape (n_prompts, n_columns).
+
+        Returns:
+            Shape (resamples, n_columns).
+        """
+        import numpy as np
+
+        present = ~np.isnan(values)
+        known = self.totals(present.astype(np.float64))
+        return self.totals(np.where(present, values, 0.0)) / np.where(known > 0, known, np.nan)
+
+    def estimate(
+        self, value: float, draws: Sequence[float] | NDArray[np.float64], n: int
+    ) -> Estimate:
+        """A figure with the interval of what it is in the samples.
+
+        Args:
+            value: The figure of all prompts.
+            draws: The figure of each sample; samples without one (NaN) do not count.
+            n: Number of prompts it is made of.
+        """
+        import numpy as np
+
+        known = np.asarray(draws, np.float64)
+        known = known[~np.isnan(known)]
+        if not len(known) or np.isnan(value):
+            return UNKNOWN
+        if self._normal:
+            return _normal(value, float(known.std()), CONFIDENCE, n)
+        return _estimate(value, known, CONFIDENCE, n)
 
 
 def bootstrap_mean(
@@ -60,7 +148,7 @@ def bootstrap_mean(
 
     present = values[~np.isnan(values)]
     if not len(present):
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return UNKNOWN
     if len(present) >= NORMAL_FROM:
         error = float(present.std(ddof=1)) / len(present) ** 0.5
         return _normal(float(present.mean()), error, confidence, len(present))
@@ -112,7 +200,7 @@ def macro_mean(
         if not np.isnan(inside).all():
             parts.append(inside[~np.isnan(inside)])
     if not parts:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return UNKNOWN
     if sum(map(len, parts)) >= NORMAL_FROM:
         errors = [part.var(ddof=1) / len(part) if len(part) > 1 else 0.0 for part in parts]
         error = float(np.sum(errors)) ** 0.5 / len(parts)

@@ -36,7 +36,10 @@ class StrongWeakCurve:
 
 
 def strong_weak_curve(
-    win_rate: NDArray[np.floating], strong: NDArray[np.float64], weak: NDArray[np.float64]
+    win_rate: NDArray[np.floating],
+    strong: NDArray[np.float64],
+    weak: NDArray[np.float64],
+    counts: NDArray[np.integer] | None = None,
 ) -> StrongWeakCurve:
     """Send the prompts with the highest predicted win rates to the strong model, one by one.
 
@@ -45,16 +48,19 @@ def strong_weak_curve(
             shape (n_prompts,).
         strong: Scores of the strong model, shape (n_prompts,), without gaps.
         weak: Scores of the weak model, same shape.
+        counts: How often each prompt counts, same shape; once by default.
     """
     import numpy as np
 
     order = np.argsort(-np.asarray(win_rate, np.float64), kind="stable")
-    gains = np.concatenate([[0.0], np.cumsum((strong - weak)[order])])
+    often = np.ones(len(order)) if counts is None else counts.astype(np.float64)
+    gains = np.concatenate([[0.0], np.cumsum((often * (strong - weak))[order])])
+    sent = np.concatenate([[0.0], np.cumsum(often[order])])
     ordered = np.asarray(win_rate, np.float64)[order]
     # Between equal win rates no threshold can lie.
     ends = np.concatenate([[True], ordered[1:] != ordered[:-1], [True]])
-    shares = np.arange(len(order) + 1) / max(len(order), 1)
-    return StrongWeakCurve(shares[ends], weak.mean() + gains[ends] / max(len(order), 1))
+    total = max(float(sent[-1]), 1.0)
+    return StrongWeakCurve(sent[ends] / total, ((often * weak).sum() + gains[ends]) / total)
 
 
 def pgr(score: float, weak: float, strong: float) -> float:
