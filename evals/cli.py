@@ -116,7 +116,7 @@ def export_command(name: str, split: str) -> None:
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Requests under way at the same time.",
+    help="Requests under way at the same time; latencies are measured under that load.",
 )
 @click.option(
     "--timeout",

@@ -49,8 +49,8 @@ class Answer:
         answer: The answer's text.
         input_tokens: Tokens of the prompt as the expert counted them.
         output_tokens: Tokens of the answer.
-        latency_s: Seconds from the request to the whole answer, waiting included; none if
-            it was not measured one request at a time.
+        latency_s: Seconds from the request to the whole answer, under the load of all requests
+            then under way (``CollectOptions.concurrency``); none if it was not measured.
     """
 
     prompt_id: str

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CategoryClassifier",
     "Evidence",
+    "equal_mass_bins",
     "expected_calibration_error",
     "log_loss",
     "softmax",
@@ -233,19 +234,34 @@ def log_loss(logits: NDArray[np.float64], labels: NDArray[np.intp]) -> float:
     return float(-((1 - rest) * true + rest * others).mean())
 
 
+def equal_mass_bins(values: NDArray[np.float64], bins: int) -> list[NDArray[np.intp]]:
+    """Positions of values in bins of equal mass, in rising order; no bin is empty.
+
+    Equal values belong to the bin of the first of them, so bins do not depend on the order of rows,
+    and there are fewer of them where many values are equal.
+    """
+    import numpy as np
+
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    parts = np.array_split(np.arange(len(values)), bins)
+    starts = np.array([part[0] for part in parts[1:] if len(part)], np.intp)
+    starts = np.searchsorted(ordered, ordered[starts - 1], side="right")
+    return [part for part in np.split(order, starts) if len(part)]
+
+
 def expected_calibration_error(
     confidence: NDArray[np.float64],
     correct: NDArray[np.bool_] | NDArray[np.float64],
     *,
     bins: int = 15,
 ) -> float:
-    """Mean gap between confidence and accuracy (or mean score) over bins of equal mass."""
-    import numpy as np
+    """Mean gap between confidence and accuracy (or mean score) over bins of equal mass.
 
-    order = np.argsort(confidence, kind="stable")
+    Rows of equal confidence share a bin, see ``equal_mass_bins``.
+    """
     gaps = [
         abs(float(confidence[part].mean()) - float(correct[part].mean())) * len(part)
-        for part in np.array_split(order, bins)
-        if len(part)
+        for part in equal_mass_bins(confidence, bins)
     ]
     return sum(gaps) / max(len(confidence), 1)

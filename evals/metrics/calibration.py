@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from routers.category_classifier import expected_calibration_error
+from routers.category_classifier import equal_mass_bins, expected_calibration_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,8 @@ def reliability(
 ) -> list[tuple[float, float, int]]:
     """Mean predicted quality, mean score and number of cells in bins of equal mass.
 
+    Cells of equal quality share a bin, so there may be fewer.
+
     Args:
         quality: Predicted, shape (n_prompts, n_models).
         scores: Same shape, NaN for missing cells, which are left out.
@@ -48,11 +50,9 @@ def reliability(
 
     present = ~np.isnan(scores)
     predicted, got = quality[present].astype(np.float64), scores[present]
-    parts = np.array_split(np.argsort(predicted, kind="stable"), bins)
     return [
         (float(predicted[part].mean()), float(got[part].mean()), len(part))
-        for part in parts
-        if len(part)
+        for part in equal_mass_bins(predicted, bins)
     ]
 
 

@@ -24,6 +24,7 @@ from evals.metrics import (
     pgr,
     recall_at,
     regret,
+    reliability,
     strong_weak_curve,
 )
 
@@ -54,9 +55,18 @@ def test_recall_looks_at_the_first_k_of_solvable_prompts():
 def test_calibration_error_is_averaged_over_models():
     quality = np.array([[0.5, 1.0], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]])
     scores = np.array([[1.0, 0.5], [0.0, NAN], [1.0, 0.5], [0.0, 0.5]])
-    # Bins of one prompt each: gaps of 0.5 for both models.
-    assert calibration_error(quality, scores) == pytest.approx(0.5)
+    # One bin per model, with gaps of 0.0 and 0.5.
+    assert calibration_error(quality, scores) == pytest.approx(0.25)
     assert math.isnan(calibration_error(quality, np.full((4, 2), NAN)))
+
+
+def test_reliability_keeps_equal_qualities_together():
+    quality = np.array([[0.25, 0.75], [0.25, 0.75], [0.25, 0.75], [0.25, 0.75]])
+    scores = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, NAN], [0.0, 0.0]])
+    assert reliability(quality, scores) == [
+        (0.25, 0.25, 4),
+        (0.75, pytest.approx(2 / 3), 3),
+    ]
 
 
 def test_auroc_counts_ties_half():

@@ -7,7 +7,7 @@ import pytest
 
 from routers.base import Query, RouterError
 from routers.c3po import C3PORouter
-from routers.category_classifier import expected_calibration_error
+from routers.category_classifier import equal_mass_bins, expected_calibration_error
 from routers.category_learning import fit_classifier
 from routers.coe import CoERouter
 from routers.ngrams import fit_ngrams
@@ -241,6 +241,24 @@ def test_expected_calibration_error_by_hand():
     confidence = np.array([0.5, 0.5, 0.9, 0.9])
     correct = np.array([True, False, True, False])
     assert expected_calibration_error(confidence, correct, bins=2) == pytest.approx(0.2)
+
+
+def test_equal_confidence_is_one_bin_whatever_the_order_of_rows():
+    constant, correct = np.full(40, 0.75), np.arange(40) >= 10
+    assert expected_calibration_error(constant, correct) == 0.0
+    assert expected_calibration_error(constant, correct[::-1]) == 0.0
+    # Of the two middle values the second belongs to the first's bin.
+    bins = equal_mass_bins(np.array([0.9, 0.5, 0.5, 0.1]), 4)
+    assert [part.tolist() for part in bins] == [[3], [1, 2], [0]]
+    assert equal_mass_bins(np.array([]), 4) == []
+
+
+@pytest.mark.parametrize("count", [1, 7, 15, 16, 100])
+def test_bins_of_unequal_values_are_of_equal_mass(count):
+    values = np.random.default_rng(count).permutation(count) / count
+    found = equal_mass_bins(values, 15)
+    expected = [part for part in np.array_split(values.argsort(), 15) if len(part)]
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
 
 
 def test_small_categories_shrink_towards_the_model_mean():
