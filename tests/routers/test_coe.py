@@ -120,6 +120,12 @@ def test_without_validation_split_it_calibrates_by_cross_validation():
     assert router.metrics_["held_out_accuracy"] > 0.9
 
 
+def test_rows_it_has_learnt_from_calibrate_nothing():
+    router = CoERouter(encoder="hashing").fit(example_table(), split="all")
+    # Cross-validation over all, not the split ``validation``, which is among them.
+    assert router.metrics_["held_out_rows"] == 180
+
+
 def test_one_category_is_enough():
     table = example_table()
     prompts = Prompts(table.prompts.ids, table.prompts.texts, ["law"] * 180, table.prompts.splits)
