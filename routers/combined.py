@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from pydantic import ValidationError
+
 from routers.artefact import Artefact, Manifest
 from routers.base import Explanation, Query, RouterError
 from routers.fitted import FittedRouter, TrainingRows
@@ -65,7 +67,12 @@ class CombinedRouter(FittedRouter):
             raise RouterError(f"artefact {artefact.path}: state 'members' is missing")
         for number, fields in enumerate(members):
             prefix = f"{number}."
-            manifest = Manifest.model_validate(fields)
+            try:
+                manifest = Manifest.model_validate(fields)
+            except ValidationError as exc:
+                raise RouterError(
+                    f"artefact {artefact.path}: state 'members': {exc.errors()[0]['msg']}"
+                ) from exc
             if manifest.method not in registered_routers():
                 raise RouterError(
                     f"artefact {artefact.path}: unknown router {manifest.method!r} in it"

@@ -77,6 +77,9 @@ def test_an_artefact_with_a_foreign_member_is_refused(tmp_path):
     manifest.write_text(text.replace('"method": "coe"', '"method": "os:system"'))
     with pytest.raises(RouterError, match="unknown router 'os:system'"):
         load_router(tmp_path / "blend")
+    manifest.write_text(text.replace('"method": "coe"', '"method": null'))
+    with pytest.raises(RouterError, match="state 'members': Input should be a valid string"):
+        load_router(tmp_path / "blend")
 
 
 @pytest.mark.parametrize(
