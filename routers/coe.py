@@ -308,17 +308,21 @@ class CoERouter(VectorRouter):
         """Quality by category (last: of all prompts), none above the pick's, and the picks."""
         import numpy as np
 
-        # The row of all prompts is used for queries of no known category: few, but some.
-        weights = np.append(np.bincount(labels, minlength=len(table) - 1) / len(labels), 1e-6)
+        shares = np.bincount(labels, minlength=len(table)) / len(labels)
         total, active = self.max_total_params_b, self.max_active_params_b
-        picks = assign(
-            table,
-            weights,
+        planned_for = shares > 0
+        picks = np.zeros(len(table), np.intp)
+        picks[planned_for] = assign(
+            table[planned_for],
+            shares[planned_for],
             total_params_b=None if total is None else _sizes(rows, "total_params_b"),
             max_total_params_b=total,
             active_params_b=None if active is None else _sizes(rows, "active_params_b"),
             max_active_params_b=active,
         )
+        # Nothing says how often the others come; the best of the experts at hand answers them.
+        at_hand = np.unique(picks[planned_for])
+        picks[~planned_for] = at_hand[table[~planned_for][:, at_hand].argmax(axis=1)]
         # Never 0: an expert that was always wrong must not tie with those outside the plan.
         best = np.maximum(table[np.arange(len(table)), picks], BELOW_PICK)
         planned = np.minimum(table, best[:, None] - BELOW_PICK)

@@ -327,6 +327,31 @@ def test_models_that_no_category_needs_are_not_loaded(tmp_path):
         C3PORouter(base="coe encoder=hashing max_total_params_b=16", encoder="hashing").fit(table)
 
 
+@pytest.mark.parametrize("models", [MODELS, MODELS[::-1]])
+def test_only_categories_with_scores_decide_which_models_are_kept(tmp_path, models):
+    file = tmp_path / "general.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"unicorn {i} rainbow"}) for i in range(20)))
+    table = _sized_table()
+    means = {"cook": {"cooking": 0.9}, "generalist": {}, "lawyer": {"law": 0.9, "general": 0.9}}
+    categories = table.prompts.categories or []
+    # The generalist is the best over all, in no category, and fits into the budget.
+    scores = [[means[name].get(kind, 0.0) for name in models] for kind in categories]
+    scores = np.where(np.array(models) == "generalist", 0.8, scores)
+    balanced = OutcomeTable(
+        table.prompts, models=models, numbers={"score": scores}, cards=table.cards
+    )
+    router = CoERouter(
+        encoder="hashing",
+        shrinkage=0,
+        max_total_params_b=100.0,
+        general_texts=str(file),
+        general_category="unicorns",
+    ).fit(balanced)
+    assert sorted(router.models) == ["cook", "lawyer"]
+    [quality] = router.predict([Query("unicorn rainbow")], router.models).quality
+    assert router.models[int(quality.argmax())] == "lawyer"
+
+
 def test_budgets_need_sizes_and_one_category_per_query():
     with pytest.raises(RouterError, match="missing for 'generalist', 'lawyer'"):
         CoERouter(encoder="hashing", max_total_params_b=9.0).fit(
