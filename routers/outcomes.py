@@ -203,10 +203,6 @@ class OutcomeTable:
         """
         return self._cells("score", split, models)
 
-    def latencies_s(self, split: str, models: Sequence[str] | None = None) -> NDArray[np.float64]:
-        """Seconds per answer, shape (n_prompts, n_models), NaN where unknown."""
-        return self._cells("latency_s", split, models)
-
     def costs_usd(self, split: str, models: Sequence[str] | None = None) -> NDArray[np.float64]:
         """US dollars per answer, shape (n_prompts, n_models), NaN where unknown.
 

@@ -69,7 +69,7 @@ def test_table_holds_every_expert_on_every_prompt(tmp_path: Path) -> None:
     assert table.prompts.splits == ["train", "train", "validation", "test"]
     assert table.models == ["good", "bad"]
     assert table.scores("all").tolist() == [[1, 0]] * 4
-    assert (table.latencies_s("all") >= 0).all()
+    assert (table.latency_s("all") >= 0).all()
 
 
 def test_models_file_holds_the_cards_facts(tmp_path: Path) -> None:
