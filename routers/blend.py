@@ -11,7 +11,7 @@ from routers.category_classifier import expected_calibration_error
 from routers.combined import CombinedRouter, fit_member, make_member, table_of
 from routers.fitted import FittedRouter, TrainingRows
 from routers.folds import stratified_folds
-from routers.params import check_number
+from routers.params import check_count, check_number
 from routers.training import clearly_above
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ class BlendRouter(CombinedRouter):
             )
         for text in self.members:
             make_member(text)._check_params()
-        check_number(self, "folds", self.folds, 2)
+        check_count(self, "folds", self.folds, 2)
         check_number(self, "tolerance", self.tolerance, 0)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np

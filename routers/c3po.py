@@ -6,7 +6,7 @@ from routers.combined import CombinedRouter, fit_member, table_of
 from routers.encoders import DEFAULT_ENCODER
 from routers.fitted import TrainingRows
 from routers.knn import KNNRouter
-from routers.params import check_number, check_text
+from routers.params import check_count, check_number, check_text
 
 __all__ = ["C3PORouter"]
 
@@ -49,7 +49,7 @@ class C3PORouter(CombinedRouter):
     def _check_params(self) -> None:
         check_text(self, "base", self.base)
         check_text(self, "encoder", self.encoder)
-        check_number(self, "k", self.k, 1)
+        check_count(self, "k", self.k, 1)
         check_number(self, "prior", self.prior, 0, 1)
 
     def _learn(self, rows: TrainingRows) -> None:

@@ -20,7 +20,7 @@ from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
 from routers.ngrams import N_GRAMS, NgramClassifier
-from routers.params import check_bool, check_number, check_text
+from routers.params import check_bool, check_count, check_number, check_text
 from routers.training import (
     clearly_above,
     read_labelled_texts,
@@ -173,13 +173,13 @@ class CoERouter(VectorRouter):
         check_number(self, "shrinkage", self.shrinkage, 0)
         check_number(self, "familiar_share", self.familiar_share, 0, 1, low_open=True)
         check_number(self, "coverage", self.coverage, 0, 1, low_open=True)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
         if self.soft is not None:
             check_bool(self, "soft", self.soft)
         check_bool(self, "ngrams", self.ngrams)
         check_bool(self, "fallback", self.fallback)
         check_text(self, "categories", self.categories)
-        check_number(self, "n_clusters", self.n_clusters, 1)
+        check_count(self, "n_clusters", self.n_clusters, 1)
         check_text(self, "general_category", self.general_category)
         if self.general_texts is not None:
             check_text(self, "general_texts", self.general_texts)

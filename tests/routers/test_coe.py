@@ -273,6 +273,8 @@ def test_model_without_training_scores_is_left_out():
     [
         ({"C": 0}, "The 'C' parameter of CoERouter must be a number in the range (0, inf)"),
         ({"C": "big"}, "Got 'big' instead."),
+        ({"C": float("inf")}, "in the range (0, inf). Got inf instead."),
+        ({"n_clusters": 2.5}, "must be a whole number in the range [1, inf). Got 2.5 instead."),
         ({"shrinkage": -1}, "in the range [0, inf)"),
         ({"familiar_share": 1.5}, "in the range (0, 1]. Got 1.5 instead."),
         ({"soft": 1}, "must be true or false. Got 1 instead."),
