@@ -55,10 +55,11 @@ class C3PORouter(CombinedRouter):
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
 
-        base = fit_member(self.base, rows)
+        everything = np.arange(len(rows))
+        base = fit_member(self.base, rows, everything)
         solved = np.flatnonzero(np.nan_to_num(rows.scores).max(axis=1) >= SOLVED)
         neighbours = KNNRouter(encoder=self.encoder, k=self.k, shrinkage=1.0).fit(
-            table_of(rows, solved if len(solved) else np.arange(len(rows)))
+            table_of(rows, solved if len(solved) else everything)
         )
         kept = [name for name in rows.models if name in neighbours.models]
         self.members_ = [base, neighbours] if kept == rows.models else [base]

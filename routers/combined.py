@@ -87,17 +87,20 @@ class CombinedRouter(FittedRouter):
         super()._restore(artefact, {**lengths, "members": len(members)})
 
 
-def fit_member(text: str, rows: TrainingRows) -> FittedRouter:
-    """A router fitted on all the rows, from ``"METHOD KEY=VALUE ..."``.
+def fit_member(text: str, rows: TrainingRows, chosen: NDArray[np.intp]) -> FittedRouter:
+    """A router fitted on the chosen rows, from ``"METHOD KEY=VALUE ..."``.
 
     Raises:
-        RouterError: The method or a setting is unknown, or it leaves out some of the models.
+        RouterError: The method or a setting is unknown, or it leaves out a model with scores there.
     """
     import numpy as np
 
-    member = make_member(text).fit(table_of(rows, np.arange(len(rows))))
-    if member.models != rows.models:
-        left_out = [name for name in rows.models if name not in member.models]
+    member = make_member(text).fit(table_of(rows, chosen))
+    scored = ~np.isnan(rows.scores[chosen]).all(axis=0)
+    left_out = [
+        rows.models[j] for j in np.flatnonzero(scored) if rows.models[j] not in member.models
+    ]
+    if left_out:
         raise RouterError(
             f"{text!r} leaves out {', '.join(map(repr, left_out))}; members must know all models"
         )
