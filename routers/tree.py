@@ -81,8 +81,10 @@ class TreeRouter(FittedRouter):
         means = np.nanmean(rows.scores, axis=0)
         filled = np.where(np.isnan(rows.scores), means, rows.scores)
         grow = np.random.default_rng(self.random_state).random(len(rows)) < 2 / 3
-        if grow.all() or not grow.any():
-            grow[:1] = ~grow[:1]
+        if grow.all() and len(grow) > 1:
+            grow[0] = False
+        if not grow.any():
+            grow[0] = True
         model = DecisionTreeRegressor(
             max_depth=self.max_depth,
             min_samples_leaf=min(self.min_prompts, max(1, int(grow.sum()) // 2)),

@@ -196,6 +196,14 @@ def test_arrays_that_would_lead_astray_are_refused(tmp_path, make, name, value):
         load_router(tmp_path / "bad")
 
 
+def test_one_prompt_is_enough_for_a_tree():
+    table = OutcomeTable(
+        Prompts(["a"], ["one"]), models=["x", "y"], numbers={"score": np.array([[0.0, 1.0]])}
+    )
+    router = TreeRouter(shrinkage=0).fit(table, split="all")
+    assert _quality(router, ["x", "y"]).tolist() == [[0.0, 1.0]] * 3
+
+
 def test_tree_prints_its_rules():
     texts = [f"def f{n}(): return {n}" if n % 2 else f"tell me about {n}" for n in range(400)]
     code = np.arange(400) % 2 == 1
