@@ -82,6 +82,23 @@ def test_ridge_is_less_certain_of_what_it_has_not_seen():
     assert seen.detail["uncertainty"] < unseen.detail["uncertainty"]
 
 
+def test_ridge_is_as_certain_as_the_rows_of_the_model_it_prefers():
+    table = example_table(per_split=240)
+    scores = table.scores("all")
+    # The lawyer was only run on law, without success; the cook, on all prompts.
+    law = np.array([category == "law" for category in table.prompts.categories or ()])
+    scores[:, 2] = np.where(law, 0.0, np.nan)
+    part = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    both, cook = (
+        RidgeRouter(encoder="hashing").fit(t) for t in (part, part.restricted_to(["cook"]))
+    )
+    baking = Query("bake bread onion soup salt")
+    [one] = both.predict([baking], MODELS).explanations
+    [other] = cook.predict([baking], ["cook"]).explanations
+    assert _quality(both)[0].argmax() == 0
+    assert one.detail == other.detail
+
+
 def test_ridge_refuses_what_does_not_fit():
     router = RidgeRouter(encoder="hashing").fit(example_table())
     with pytest.raises(RouterError, match="shape"):
