@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from routers.base import Explanation, Query
 from routers.fitted import FittedRouter, TrainingRows
-from routers.params import check_number
+from routers.params import check_count, check_number
 from routers.training import shrunken_means
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class LengthRouter(FittedRouter):
         self.shrinkage = shrinkage
 
     def _check_params(self) -> None:
-        check_number(self, "bins", self.bins, 1)
+        check_count(self, "bins", self.bins, 1)
         check_number(self, "shrinkage", self.shrinkage, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
@@ -100,7 +100,7 @@ class RandomRouter(FittedRouter):
         self.random_state = random_state
 
     def _check_params(self) -> None:
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         pass

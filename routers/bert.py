@@ -9,7 +9,7 @@ from routers.base import Explanation, Query, RouterError
 from routers.calibration import best_temperature, sigmoid
 from routers.category_classifier import expected_calibration_error, log_loss, softmax
 from routers.fitted import FittedRouter, TrainingRows
-from routers.params import check_number, check_one_of, check_text
+from routers.params import check_count, check_number, check_one_of, check_text
 from routers.training import shrunken_means
 
 if TYPE_CHECKING:
@@ -102,14 +102,14 @@ class BertRouter(FittedRouter):
         check_text(self, "model", self.model)
         check_one_of(self, "target", self.target, ("category", "expert"))
         if self.layers is not None:
-            check_number(self, "layers", self.layers, 1)
-        check_number(self, "max_tokens", self.max_tokens, 3)
-        check_number(self, "epochs", self.epochs, 1)
+            check_count(self, "layers", self.layers, 1)
+        check_count(self, "max_tokens", self.max_tokens, 3)
+        check_count(self, "epochs", self.epochs, 1)
         check_number(self, "learning_rate", self.learning_rate, 0, low_open=True)
-        check_number(self, "batch_size", self.batch_size, 1)
+        check_count(self, "batch_size", self.batch_size, 1)
         check_number(self, "shrinkage", self.shrinkage, 0)
         check_one_of(self, "device", self.device, ("auto", "cpu", "cuda"))
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np

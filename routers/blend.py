@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from routers.base import Explanation, Query, RouterError
 from routers.calibration import fit_platt, sigmoid
 from routers.category_classifier import expected_calibration_error
-from routers.combined import CombinedRouter, fit_member, make_member, table_of
-from routers.fitted import FittedRouter, TrainingRows
+from routers.combined import CombinedRouter, fit_member, make_member
+from routers.fitted import TrainingRows
 from routers.folds import stratified_folds
-from routers.params import check_number
+from routers.params import check_count, check_number
 from routers.training import clearly_above
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class BlendRouter(CombinedRouter):
 
     Args:
         members: Routers, simplest first, each as ``"METHOD KEY=VALUE ..."``. Those that need
-            categories are left out if the table has none.
+            categories are left out if the table has none, and those that leave out models.
         folds: Number of folds.
         tolerance: Standard errors within which candidates count as equally good. More than one,
             because the best of ten candidates owes some of its lead to luck.
@@ -87,9 +87,9 @@ class BlendRouter(CombinedRouter):
             )
         for text in self.members:
             make_member(text)._check_params()
-        check_number(self, "folds", self.folds, 2)
+        check_count(self, "folds", self.folds, 2)
         check_number(self, "tolerance", self.tolerance, 0)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
@@ -118,7 +118,7 @@ class BlendRouter(CombinedRouter):
         )
         weights = makers[taken](predictions, rows.scores)
         used = [number for number, weight in enumerate(weights) if weight > 0]
-        self.members_ = [fit_member(names[number], rows) for number in used]
+        self.members_ = [fit_member(names[number], rows, np.arange(len(rows))) for number in used]
         self.weights_ = weights[used] / weights[used].sum()
         mixed = np.tensordot(self.weights_, predictions[used], axes=1)
         slope, biases = fit_platt(_logit(mixed).reshape(-1, 1), rows.scores.reshape(-1, 1))
@@ -162,9 +162,7 @@ def _held_out(text: str, rows: TrainingRows, fold_of: NDArray[np.intp]) -> NDArr
     for fold in np.unique(fold_of):
         inside = np.flatnonzero(fold_of == fold)
         learn = np.flatnonzero(fold_of != fold)
-        member: FittedRouter = make_member(text).fit(
-            table_of(rows, learn if len(learn) else inside)
-        )
+        member = fit_member(text, rows, learn if len(learn) else inside)
         columns = [rows.models.index(name) for name in member.models]
         queries = [Query(rows.texts[row]) for row in inside]
         quality[inside[:, None], columns] = member.predict(queries, member.models).quality

@@ -6,7 +6,7 @@ from routers.combined import CombinedRouter, fit_member, table_of
 from routers.encoders import DEFAULT_ENCODER
 from routers.fitted import TrainingRows
 from routers.knn import KNNRouter
-from routers.params import check_number, check_text
+from routers.params import check_count, check_number, check_text
 
 __all__ = ["C3PORouter"]
 
@@ -49,16 +49,17 @@ class C3PORouter(CombinedRouter):
     def _check_params(self) -> None:
         check_text(self, "base", self.base)
         check_text(self, "encoder", self.encoder)
-        check_number(self, "k", self.k, 1)
+        check_count(self, "k", self.k, 1)
         check_number(self, "prior", self.prior, 0, 1)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
 
-        base = fit_member(self.base, rows)
+        everything = np.arange(len(rows))
+        base = fit_member(self.base, rows, everything)
         solved = np.flatnonzero(np.nan_to_num(rows.scores).max(axis=1) >= SOLVED)
         neighbours = KNNRouter(encoder=self.encoder, k=self.k, shrinkage=1.0).fit(
-            table_of(rows, solved if len(solved) else np.arange(len(rows)))
+            table_of(rows, solved if len(solved) else everything)
         )
         kept = [name for name in rows.models if name in neighbours.models]
         self.members_ = [base, neighbours] if kept == rows.models else [base]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from routers.fitted import TrainingRows
 from routers.growing import GrowingRouter
-from routers.params import check_number
+from routers.params import check_count, check_number
 from routers.training import shrunken_means
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ class ClusterRouter(GrowingRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "n_clusters", self.n_clusters, 1)
-        check_number(self, "top_k", self.top_k, 1)
+        check_count(self, "n_clusters", self.n_clusters, 1)
+        check_count(self, "top_k", self.top_k, 1)
         check_number(self, "beta", self.beta, 0)
         check_number(self, "shrinkage", self.shrinkage, 0)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         """The method's one array with an axis ``models``.

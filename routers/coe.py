@@ -20,7 +20,7 @@ from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
 from routers.ngrams import N_GRAMS, NgramClassifier
-from routers.params import check_bool, check_number, check_text
+from routers.params import check_bool, check_count, check_number, check_text
 from routers.training import (
     clearly_above,
     read_labelled_texts,
@@ -173,13 +173,13 @@ class CoERouter(VectorRouter):
         check_number(self, "shrinkage", self.shrinkage, 0)
         check_number(self, "familiar_share", self.familiar_share, 0, 1, low_open=True)
         check_number(self, "coverage", self.coverage, 0, 1, low_open=True)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
         if self.soft is not None:
             check_bool(self, "soft", self.soft)
         check_bool(self, "ngrams", self.ngrams)
         check_bool(self, "fallback", self.fallback)
         check_text(self, "categories", self.categories)
-        check_number(self, "n_clusters", self.n_clusters, 1)
+        check_count(self, "n_clusters", self.n_clusters, 1)
         check_text(self, "general_category", self.general_category)
         if self.general_texts is not None:
             check_text(self, "general_texts", self.general_texts)
@@ -308,17 +308,21 @@ class CoERouter(VectorRouter):
         """Quality by category (last: of all prompts), none above the pick's, and the picks."""
         import numpy as np
 
-        # The row of all prompts is used for queries of no known category: few, but some.
-        weights = np.append(np.bincount(labels, minlength=len(table) - 1) / len(labels), 1e-6)
+        shares = np.bincount(labels, minlength=len(table)) / len(labels)
         total, active = self.max_total_params_b, self.max_active_params_b
-        picks = assign(
-            table,
-            weights,
+        planned_for = shares > 0
+        picks = np.zeros(len(table), np.intp)
+        picks[planned_for] = assign(
+            table[planned_for],
+            shares[planned_for],
             total_params_b=None if total is None else _sizes(rows, "total_params_b"),
             max_total_params_b=total,
             active_params_b=None if active is None else _sizes(rows, "active_params_b"),
             max_active_params_b=active,
         )
+        # Nothing says how often the others come; the best of the experts at hand answers them.
+        at_hand = np.unique(picks[planned_for])
+        picks[~planned_for] = at_hand[table[~planned_for][:, at_hand].argmax(axis=1)]
         # Never 0: an expert that was always wrong must not tie with those outside the plan.
         best = np.maximum(table[np.arange(len(table)), picks], BELOW_PICK)
         planned = np.minimum(table, best[:, None] - BELOW_PICK)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from pydantic import ValidationError
+
 from routers.artefact import Artefact, Manifest
 from routers.base import Explanation, Query, RouterError
 from routers.fitted import FittedRouter, TrainingRows
@@ -65,7 +67,12 @@ class CombinedRouter(FittedRouter):
             raise RouterError(f"artefact {artefact.path}: state 'members' is missing")
         for number, fields in enumerate(members):
             prefix = f"{number}."
-            manifest = Manifest.model_validate(fields)
+            try:
+                manifest = Manifest.model_validate(fields)
+            except ValidationError as exc:
+                raise RouterError(
+                    f"artefact {artefact.path}: state 'members': {exc.errors()[0]['msg']}"
+                ) from exc
             if manifest.method not in registered_routers():
                 raise RouterError(
                     f"artefact {artefact.path}: unknown router {manifest.method!r} in it"
@@ -80,17 +87,20 @@ class CombinedRouter(FittedRouter):
         super()._restore(artefact, {**lengths, "members": len(members)})
 
 
-def fit_member(text: str, rows: TrainingRows) -> FittedRouter:
-    """A router fitted on all the rows, from ``"METHOD KEY=VALUE ..."``.
+def fit_member(text: str, rows: TrainingRows, chosen: NDArray[np.intp]) -> FittedRouter:
+    """A router fitted on the chosen rows, from ``"METHOD KEY=VALUE ..."``.
 
     Raises:
-        RouterError: The method or a setting is unknown, or it leaves out some of the models.
+        RouterError: The method or a setting is unknown, or it leaves out a model with scores there.
     """
     import numpy as np
 
-    member = make_member(text).fit(table_of(rows, np.arange(len(rows))))
-    if member.models != rows.models:
-        left_out = [name for name in rows.models if name not in member.models]
+    member = make_member(text).fit(table_of(rows, chosen))
+    scored = ~np.isnan(rows.scores[chosen]).all(axis=0)
+    left_out = [
+        rows.models[j] for j in np.flatnonzero(scored) if rows.models[j] not in member.models
+    ]
+    if left_out:
         raise RouterError(
             f"{text!r} leaves out {', '.join(map(repr, left_out))}; members must know all models"
         )

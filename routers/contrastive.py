@@ -9,7 +9,7 @@ from routers.calibration import fit_platt, sigmoid
 from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows
-from routers.params import check_number
+from routers.params import check_count, check_number
 from routers.torch_training import GradientRouter
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ class ContrastiveRouter(GradientRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "latent", self.latent, 1)
+        check_count(self, "latent", self.latent, 1)
         check_number(self, "temperature", self.temperature, 0, low_open=True)
         check_number(self, "sample_weight", self.sample_weight, 0)
-        check_number(self, "n_clusters", self.n_clusters, 1)
+        check_count(self, "n_clusters", self.n_clusters, 1)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np

@@ -160,7 +160,7 @@ class FittedRouter:
         found = [names[j] for j in kept]
 
         def validation() -> TrainingRows | None:
-            if split == "validation" or not table.has_split("validation"):
+            if split in ("validation", "all") or not table.has_split("validation"):
                 return None
             return self._rows(table, "validation", found)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from routers.base import Explanation
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows
-from routers.params import check_number
+from routers.params import check_count
 from routers.torch_training import GradientRouter, masked_bce
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class IRTRouter(GradientRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "abilities", self.abilities, 1)
+        check_count(self, "abilities", self.abilities, 1)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from routers.base import Explanation
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
-from routers.params import check_number
+from routers.params import check_count, check_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ class KNNRouter(VectorRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "k", self.k, 1)
+        check_count(self, "k", self.k, 1)
         check_number(self, "shrinkage", self.shrinkage, 0)
 
     def _learn(self, rows: TrainingRows) -> None:

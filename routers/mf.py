@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from routers.base import Explanation
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows
-from routers.params import check_number
+from routers.params import check_count, check_number
 from routers.torch_training import GradientRouter, masked_bce
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class MFRouter(GradientRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "latent", self.latent, 1)
+        check_count(self, "latent", self.latent, 1)
         check_number(self, "noise", self.noise, 0)
 
     def _learn(self, rows: TrainingRows) -> None:

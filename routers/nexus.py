@@ -9,7 +9,7 @@ from routers.calibration import sigmoid
 from routers.clusters import ClusterRouter
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows
-from routers.params import check_number
+from routers.params import check_count
 from routers.torch_training import GradientRouter, masked_bce
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ class NexusRouter(GradientRouter, ClusterRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "latent", self.latent, 1)
-        check_number(self, "hidden", self.hidden, 1)
-        check_number(self, "profile_prompts", self.profile_prompts, 1)
+        check_count(self, "latent", self.latent, 1)
+        check_count(self, "hidden", self.hidden, 1)
+        check_count(self, "profile_prompts", self.profile_prompts, 1)
 
     def _profiles(self, means: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         return {"profiles": means.T}

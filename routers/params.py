@@ -13,6 +13,7 @@ from routers.base import RouterError
 __all__ = [
     "candidate_columns",
     "check_bool",
+    "check_count",
     "check_known_params",
     "check_number",
     "check_one_of",
@@ -20,6 +21,13 @@ __all__ = [
     "not_fitted",
     "parse_settings",
 ]
+
+
+def check_count(owner: object, name: str, value: object, low: int) -> None:
+    """Refuse a hyper-parameter that is no whole number, or too small a one."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= low:
+        return
+    raise RouterError(_wrong(owner, name, f"a whole number in the range [{low}, inf)", value))
 
 
 def check_number(
@@ -37,8 +45,9 @@ def check_number(
         RouterError: In scikit-learn's phrasing.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and low <= value <= high and not (low_open and value == low):  # type: ignore[operator]
-        return
+    if is_number and low <= value <= high and value < math.inf:  # type: ignore[operator]
+        if not (low_open and value == low):
+            return
     span = f"{'(' if low_open else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
     raise RouterError(_wrong(owner, name, f"a number in the range {span}", value))
 

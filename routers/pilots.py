@@ -9,7 +9,7 @@ from routers.calibration import fit_platt, sigmoid
 from routers.clusters import cluster
 from routers.encoders import DEFAULT_ENCODER, Encoder
 from routers.fitted import TrainingRows, VectorRouter
-from routers.params import check_number
+from routers.params import check_count, check_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,9 +65,9 @@ class PilotsRouter(VectorRouter):
 
     def _check_params(self) -> None:
         super()._check_params()
-        check_number(self, "n_clusters", self.n_clusters, 1)
+        check_count(self, "n_clusters", self.n_clusters, 1)
         check_number(self, "least_votes", self.least_votes, 0)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np

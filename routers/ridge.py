@@ -24,7 +24,8 @@ class RidgeRouter(GrowingRouter):
     What is kept are sums over rows, not rows: one Gram matrix per set of models that were run on
     the same prompts, and one vector per model. Adding rows and taking them away again is exact, in
     any order, up to rounding. Trains on 100,000 prompts in seconds; a prediction costs one product
-    with the weights, and one with the inverse Gram matrix for the uncertainty.
+    with the weights, and one with the inverse Gram matrix of the model that it predicts to be the
+    best, for the uncertainty.
 
     Args:
         encoder: An encoder's name or an encoder.
@@ -87,8 +88,8 @@ class RidgeRouter(GrowingRouter):
         import numpy as np
 
         inputs = np.append(given.astype(np.float64), 1.0)
-        spread = float(inputs @ self._inverses[0] @ inputs)
         quality = (self._weights * inputs).sum(axis=1)
+        spread = float(inputs @ self._inverses[self.groups_[quality.argmax()]] @ inputs)
         return quality, Explanation(detail={"uncertainty": max(spread, 0.0) ** 0.5})
 
     def partial_fit(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from routers.fitted import TrainingRows, VectorRouter
-from routers.params import check_number
+from routers.params import check_count, check_number
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +56,8 @@ class GradientRouter(VectorRouter):
         super()._check_params()
         check_number(self, "learning_rate", self.learning_rate, 0, low_open=True)
         check_number(self, "weight_decay", self.weight_decay, 0)
-        check_number(self, "epochs", self.epochs, 1)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "epochs", self.epochs, 1)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _tensors(self, rows: TrainingRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors and scores of the rows; seeds torch, for the modules that are made next."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from routers.base import Explanation, Query, RouterError
 from routers.encoders.surface import SURFACE_FEATURES, surface_features
 from routers.fitted import FittedRouter, TrainingRows
-from routers.params import check_number
+from routers.params import check_count, check_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,10 +68,10 @@ class TreeRouter(FittedRouter):
         self.random_state = random_state
 
     def _check_params(self) -> None:
-        check_number(self, "max_depth", self.max_depth, 1)
-        check_number(self, "min_prompts", self.min_prompts, 1)
+        check_count(self, "max_depth", self.max_depth, 1)
+        check_count(self, "min_prompts", self.min_prompts, 1)
         check_number(self, "shrinkage", self.shrinkage, 0)
-        check_number(self, "random_state", self.random_state, 0)
+        check_count(self, "random_state", self.random_state, 0)
 
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
@@ -81,8 +81,10 @@ class TreeRouter(FittedRouter):
         means = np.nanmean(rows.scores, axis=0)
         filled = np.where(np.isnan(rows.scores), means, rows.scores)
         grow = np.random.default_rng(self.random_state).random(len(rows)) < 2 / 3
-        if grow.all() or not grow.any():
-            grow[:1] = ~grow[:1]
+        if grow.all() and len(grow) > 1:
+            grow[0] = False
+        if not grow.any():
+            grow[0] = True
         model = DecisionTreeRegressor(
             max_depth=self.max_depth,
             min_samples_leaf=min(self.min_prompts, max(1, int(grow.sum()) // 2)),

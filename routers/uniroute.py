@@ -24,7 +24,7 @@ class UniRouteRouter(ClusterRouter):
     Args:
         encoder: An encoder's name or an encoder.
         n_clusters: Number of clusters; few enough that a new model's prompts reach all of them.
-        top_k: How many of the nearest clusters count, in training and in predicting.
+        top_k: How many of the nearest clusters count in predicting.
         beta: How fast a cluster's weight falls with its cosine distance.
         shrinkage: Number of prompts with the model's mean error that each cluster's is mixed with.
         random_state: Seed of the initial centres.
@@ -35,7 +35,7 @@ class UniRouteRouter(ClusterRouter):
 
     References:
         Jitkrittum et al., "Universal Model Routing for Efficient LLM Inference"
-        (arXiv:2502.08773), the k-means variant. Departs from it in the soft memberships and in
+        (arXiv:2502.08773), the k-means variant. Departs from it in queries' soft memberships and in
         shrinking error rates, without which a cluster that a new model has two prompts of is noise.
     """
 

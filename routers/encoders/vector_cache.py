@@ -92,7 +92,7 @@ class VectorCache:
         # Quick work shows no bar.
         with tqdm(total=len(texts), unit="text", desc="encoding", delay=2, leave=False) as bar:
             for rows in _steps(len(texts)):
-                known = _read(connection, {keys[row] for row in rows})
+                known = self._read(connection, {keys[row] for row in rows})
                 new: dict[bytes, bytes] = {}
                 for row in rows:
                     content = known.get(keys[row]) or new.get(keys[row])
@@ -104,6 +104,15 @@ class VectorCache:
                     bar.update()
                 self._store(connection, new)
         return vectors
+
+    def _read(self, connection: sqlite3.Connection, keys: set[bytes]) -> dict[bytes, bytes]:
+        marks = ",".join("?" * len(keys))
+        query = f"SELECT text, vector FROM vectors WHERE text IN ({marks})"
+        try:
+            return dict(connection.execute(query, list(keys)))
+        except sqlite3.Error as error:
+            log.warning("cannot read %s: %s; if it is damaged, delete it", self.path, error)
+            return {}
 
     def _store(self, connection: sqlite3.Connection, vectors: dict[bytes, bytes]) -> None:
         try:
@@ -126,9 +135,3 @@ def _key(text: str) -> bytes:
 def _steps(count: int) -> Iterator[range]:
     for start in range(0, count, STEP):
         yield range(start, min(start + STEP, count))
-
-
-def _read(connection: sqlite3.Connection, keys: set[bytes]) -> dict[bytes, bytes]:
-    marks = ",".join("?" * len(keys))
-    query = f"SELECT text, vector FROM vectors WHERE text IN ({marks})"
-    return dict(connection.execute(query, list(keys)))

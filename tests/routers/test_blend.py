@@ -69,6 +69,17 @@ def test_members_that_need_categories_are_left_out_of_a_table_without():
         BlendRouter(members=[COE]).fit(bare)
 
 
+def test_members_that_leave_out_models_are_left_out():
+    table = example_table()
+    cards = {name: {"total_params_b": 7.0} for name in MODELS}
+    sized = OutcomeTable(
+        table.prompts, models=MODELS, numbers={"score": table.scores("all")}, cards=cards
+    )
+    small = "coe encoder=hashing max_total_params_b=7"
+    router = BlendRouter(members=[small, "random"], folds=2).fit(sized)
+    assert "leaves out" in router.metrics_["skipped"][small]
+
+
 def test_an_artefact_with_a_foreign_member_is_refused(tmp_path):
     BlendRouter(members=[COE, KMEANS]).fit(example_table()).save(tmp_path / "blend")
     manifest = tmp_path / "blend" / "manifest.json"
@@ -76,6 +87,9 @@ def test_an_artefact_with_a_foreign_member_is_refused(tmp_path):
     assert '"method": "coe"' in text
     manifest.write_text(text.replace('"method": "coe"', '"method": "os:system"'))
     with pytest.raises(RouterError, match="unknown router 'os:system'"):
+        load_router(tmp_path / "blend")
+    manifest.write_text(text.replace('"method": "coe"', '"method": null'))
+    with pytest.raises(RouterError, match="state 'members': Input should be a valid string"):
         load_router(tmp_path / "blend")
 
 

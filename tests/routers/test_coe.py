@@ -120,6 +120,12 @@ def test_without_validation_split_it_calibrates_by_cross_validation():
     assert router.metrics_["held_out_accuracy"] > 0.9
 
 
+def test_rows_it_has_learnt_from_calibrate_nothing():
+    router = CoERouter(encoder="hashing").fit(example_table(), split="all")
+    # Cross-validation over all, not the split ``validation``, which is among them.
+    assert router.metrics_["held_out_rows"] == 180
+
+
 def test_one_category_is_enough():
     table = example_table()
     prompts = Prompts(table.prompts.ids, table.prompts.texts, ["law"] * 180, table.prompts.splits)
@@ -285,6 +291,8 @@ def test_model_without_training_scores_is_left_out():
     [
         ({"C": 0}, "The 'C' parameter of CoERouter must be a number in the range (0, inf)"),
         ({"C": "big"}, "Got 'big' instead."),
+        ({"C": float("inf")}, "in the range (0, inf). Got inf instead."),
+        ({"n_clusters": 2.5}, "must be a whole number in the range [1, inf). Got 2.5 instead."),
         ({"shrinkage": -1}, "in the range [0, inf)"),
         ({"familiar_share": 1.5}, "in the range (0, 1]. Got 1.5 instead."),
         ({"soft": 1}, "must be true or false. Got 1 instead."),
@@ -337,6 +345,31 @@ def test_models_that_no_category_needs_are_not_loaded(tmp_path):
         router.predict([Query("soup")], MODELS)
     with pytest.raises(RouterError, match="leaves out 'generalist'; members must know all"):
         C3PORouter(base="coe encoder=hashing max_total_params_b=16", encoder="hashing").fit(table)
+
+
+@pytest.mark.parametrize("models", [MODELS, MODELS[::-1]])
+def test_only_categories_with_scores_decide_which_models_are_kept(tmp_path, models):
+    file = tmp_path / "general.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"unicorn {i} rainbow"}) for i in range(20)))
+    table = _sized_table()
+    means = {"cook": {"cooking": 0.9}, "generalist": {}, "lawyer": {"law": 0.9, "general": 0.9}}
+    categories = table.prompts.categories or []
+    # The generalist is the best over all, in no category, and fits into the budget.
+    scores = [[means[name].get(kind, 0.0) for name in models] for kind in categories]
+    scores = np.where(np.array(models) == "generalist", 0.8, scores)
+    balanced = OutcomeTable(
+        table.prompts, models=models, numbers={"score": scores}, cards=table.cards
+    )
+    router = CoERouter(
+        encoder="hashing",
+        shrinkage=0,
+        max_total_params_b=100.0,
+        general_texts=str(file),
+        general_category="unicorns",
+    ).fit(balanced)
+    assert sorted(router.models) == ["cook", "lawyer"]
+    [quality] = router.predict([Query("unicorn rainbow")], router.models).quality
+    assert router.models[int(quality.argmax())] == "lawyer"
 
 
 def test_budgets_need_sizes_and_one_category_per_query():

@@ -82,6 +82,23 @@ def test_ridge_is_less_certain_of_what_it_has_not_seen():
     assert seen.detail["uncertainty"] < unseen.detail["uncertainty"]
 
 
+def test_ridge_is_as_certain_as_the_rows_of_the_model_it_prefers():
+    table = example_table(per_split=240)
+    scores = table.scores("all")
+    # The lawyer was only run on law, without success; the cook, on all prompts.
+    law = np.array([category == "law" for category in table.prompts.categories or ()])
+    scores[:, 2] = np.where(law, 0.0, np.nan)
+    part = OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores})
+    both, cook = (
+        RidgeRouter(encoder="hashing").fit(t) for t in (part, part.restricted_to(["cook"]))
+    )
+    baking = Query("bake bread onion soup salt")
+    [one] = both.predict([baking], MODELS).explanations
+    [other] = cook.predict([baking], ["cook"]).explanations
+    assert _quality(both)[0].argmax() == 0
+    assert one.detail == other.detail
+
+
 def test_ridge_refuses_what_does_not_fit():
     router = RidgeRouter(encoder="hashing").fit(example_table())
     with pytest.raises(RouterError, match="shape"):
@@ -194,6 +211,14 @@ def test_arrays_that_would_lead_astray_are_refused(tmp_path, make, name, value):
     router.save(tmp_path / "bad")
     with pytest.raises(RouterError, match="artefact of"):
         load_router(tmp_path / "bad")
+
+
+def test_one_prompt_is_enough_for_a_tree():
+    table = OutcomeTable(
+        Prompts(["a"], ["one"]), models=["x", "y"], numbers={"score": np.array([[0.0, 1.0]])}
+    )
+    router = TreeRouter(shrinkage=0).fit(table, split="all")
+    assert _quality(router, ["x", "y"]).tolist() == [[0.0, 1.0]] * 3
 
 
 def test_tree_prints_its_rules():

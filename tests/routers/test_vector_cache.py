@@ -73,6 +73,16 @@ def test_a_damaged_file_or_folder_only_costs_time(tmp_path, caplog):
         assert str(cache.path) in caplog.text
 
 
+def test_damage_within_the_file_only_costs_time(tmp_path, caplog):
+    cache = VectorCache("e", "1", tmp_path)
+    vectors = cache.encode(TEXTS, 5, Counting())
+    content = cache.path.read_bytes()
+    cache.path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    with caplog.at_level(logging.WARNING, "collegium.routers"):
+        assert cache.encode(TEXTS, 5, Counting()).tobytes() == vectors.tobytes()
+    assert f"cannot read {cache.path}" in caplog.text
+
+
 def test_processes_share_it(tmp_path):
     script = (
         "import sys; from pathlib import Path; import numpy as np;"
