@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "Line", "judge"]
 
+# Baselines that every line is compared with.
+VERSUS = ("best single", "random", "category table")
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -49,8 +52,8 @@ class Line:
         macro: Mean of the category means; none without categories.
         cost: Mean cost of a prompt, in the evaluation's ``cost_unit``.
         shares: Share of prompts each model got.
-        versus: Paired differences, by the other line's name: to the baselines, and of routers to
-            each other.
+        versus: Paired differences to the baselines, by their names.
+        against: Of a router, paired differences to the others, by their names.
         gap_closed: Share of the way from best single to the oracle.
         category_gap_closed: The same to the category oracle.
     """
@@ -63,6 +66,7 @@ class Line:
     cost: Estimate = UNKNOWN
     shares: dict[str, float] = field(default_factory=dict)
     versus: dict[str, Estimate] = field(default_factory=dict)
+    against: dict[str, Estimate] = field(default_factory=dict)
     gap_closed: Estimate = UNKNOWN
     category_gap_closed: Estimate = UNKNOWN
 
@@ -269,19 +273,12 @@ class _LineMaker:
 
     def compared(self, lines: Sequence[Line]) -> list[Line]:
         """The lines with their differences and gaps, each on the prompts that all parties have."""
-        baselines = [("baseline", name) for name in ("best single", "random", "category table")]
-        routers = [("router", line.name) for line in lines if line.kind == "router"]
+        routers = [line.name for line in lines if line.kind == "router"]
         found = []
         for line in lines:
-            own = (line.kind, line.name)
-            others = [*baselines, *(routers if line.kind == "router" else [])]
-            versus = {
-                # A router may be called like a baseline.
-                other: paired_difference(self._values[own], self._values[kind, other])
-                for kind, other in reversed(others)
-                if (kind, other) in self._values and (kind, other) != own
-            }
-            found.append(replace(line, versus=dict(reversed(versus.items()))))
+            versus = self._differences(line, "baseline", VERSUS)
+            against = self._differences(line, "router", routers if line.kind == "router" else ())
+            found.append(replace(line, versus=versus, against=against))
         best = ("baseline", "best single")
         gaps = self._gaps(found, best, ("bound", "oracle"))
         found = [replace(one, gap_closed=gap) for one, gap in zip(found, gaps, strict=True)]
@@ -291,6 +288,14 @@ class _LineMaker:
                 replace(one, category_gap_closed=gap) for one, gap in zip(found, gaps, strict=True)
             ]
         return found
+
+    def _differences(self, line: Line, kind: str, names: Sequence[str]) -> dict[str, Estimate]:
+        own = (line.kind, line.name)
+        return {
+            name: paired_difference(self._values[own], self._values[kind, name])
+            for name in names
+            if (kind, name) in self._values and (kind, name) != own
+        }
 
     def _gaps(
         self, lines: Sequence[Line], low: tuple[str, str], high: tuple[str, str]

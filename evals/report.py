@@ -164,7 +164,10 @@ def difference_rows(evaluation: Evaluation) -> list[list[str]]:
     names = [line.name for line in routers]
     return [
         ["", *(f"less {name}" for name in names)],
-        *([line.name, *(_difference(line.versus.get(name)) for name in names)] for line in routers),
+        *(
+            [line.name, *(_difference(line.against.get(name)) for name in names)]
+            for line in routers
+        ),
     ]
 
 
@@ -280,6 +283,7 @@ def _line_json(line: Line) -> dict[str, Any]:
         "macro": _estimate_json(line.macro) if line.macro else None,
         "by_category": {name: _estimate_json(e) for name, e in line.by_category.items()},
         "versus": {name: _estimate_json(e) for name, e in line.versus.items()},
+        "against": {name: _estimate_json(e) for name, e in line.against.items()},
         "gap_closed": _estimate_json(line.gap_closed),
         "category_gap_closed": _estimate_json(line.category_gap_closed),
         "cost": _estimate_json(line.cost),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from evals.metrics.estimates import UNKNOWN, Estimate, Resamples
 from routers.category_classifier import equal_mass_bins, expected_calibration_error
 
 if TYPE_CHECKING:
@@ -12,30 +13,48 @@ if TYPE_CHECKING:
 
 __all__ = ["auroc", "calibration_error", "reliability"]
 
+BINS = 15
 
-def calibration_error(quality: NDArray[np.floating], scores: NDArray[np.float64]) -> float:
+
+def calibration_error(
+    quality: NDArray[np.floating], scores: NDArray[np.float64], resamples: Resamples
+) -> Estimate:
     """Expected calibration error of each model's predicted quality, averaged over models.
+
+    The samples behind the interval keep the bins of all prompts.
 
     Args:
         quality: Predicted, shape (n_prompts, n_models).
         scores: Shape (n_prompts, n_models), NaN for missing cells, which are left out.
+        resamples: Of the prompts.
 
     Returns:
-        In [0, 1]; NaN without any score.
+        In [0, 1]; unknown without any score.
     """
     import numpy as np
 
-    errors = []
+    errors, drawn = [], []
     for predicted, got in zip(quality.T, scores.T, strict=True):
-        present = ~np.isnan(got)
-        if present.any():
-            probabilities = predicted[present].astype(np.float64)
-            errors.append(expected_calibration_error(probabilities, got[present]))
-    return float(np.mean(errors)) if errors else float("nan")
+        present = np.flatnonzero(~np.isnan(got))
+        if not len(present):
+            continue
+        probabilities = predicted[present].astype(np.float64)
+        errors.append(expected_calibration_error(probabilities, got[present]))
+        bins = equal_mass_bins(probabilities, BINS)
+        # A column for each bin with its prompts' gaps, and one to count prompts.
+        columns = np.zeros((len(got), len(bins) + 1))
+        columns[present, -1] = 1.0
+        for number, inside in enumerate(bins):
+            columns[present[inside], number] = probabilities[inside] - got[present[inside]]
+        totals = resamples.totals(columns)
+        drawn.append(np.abs(totals[:, :-1]).sum(axis=1) / np.maximum(totals[:, -1], 1.0))
+    if not errors:
+        return UNKNOWN
+    return resamples.estimate(float(np.mean(errors)), np.mean(drawn, axis=0), len(scores))
 
 
 def reliability(
-    quality: NDArray[np.floating], scores: NDArray[np.float64], *, bins: int = 15
+    quality: NDArray[np.floating], scores: NDArray[np.float64], *, bins: int = BINS
 ) -> list[tuple[float, float, int]]:
     """Mean predicted quality, mean score and number of cells in bins of equal mass.
 

@@ -52,18 +52,20 @@ UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"), 0)
 class Resamples:
     """Bootstrap samples of prompts for figures that are no mean of one number per prompt.
 
-    All figures of an evaluation share the samples, so what they are made of stays paired.
+    All figures of an evaluation share the samples, so what they are made of stays paired. From
+    ``NORMAL_FROM`` prompts on intervals are those of the normal distribution, as for means.
 
     Args:
         n_prompts: How many there are.
-        resamples: Number of bootstrap samples.
         seed: Seed of the samples.
     """
 
-    def __init__(self, n_prompts: int, *, resamples: int = FIGURE_RESAMPLES, seed: int = 0) -> None:
+    def __init__(self, n_prompts: int, *, seed: int = 0) -> None:
         import numpy as np
 
         rng = np.random.default_rng(seed)
+        self._normal = n_prompts >= NORMAL_FROM
+        resamples = SPREAD_RESAMPLES if self._normal else FIGURE_RESAMPLES
         self.counts = np.array(
             [
                 np.bincount(rng.integers(0, n_prompts, n_prompts), minlength=n_prompts)
@@ -101,7 +103,8 @@ class Resamples:
 
         present = ~np.isnan(values)
         known = self.totals(present.astype(np.float64))
-        return self.totals(np.where(present, values, 0.0)) / np.where(known > 0, known, np.nan)
+        sums = self.totals(np.where(present, values, 0.0))
+        return np.asarray(sums / np.where(known > 0, known, np.nan))
 
     def estimate(
         self, value: float, draws: Sequence[float] | NDArray[np.float64], n: int

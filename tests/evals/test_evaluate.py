@@ -14,7 +14,7 @@ from evals.evaluate import judge
 from evals.evaluate_cli import evaluate_command
 from evals.html_report import as_html
 from evals.metrics import Point, aiq
-from evals.report import as_json, as_text
+from evals.report import as_json, as_markdown, as_text
 from routers.base import RouterError
 from routers.baselines import BestSingleRouter, RandomRouter
 from routers.coe import CoERouter
@@ -79,12 +79,21 @@ def test_no_router_beats_the_oracle_and_gaps_have_their_ends(fitted):
     assert all(line.score.mean <= oracle.score.mean + 1e-12 for line in evaluation.lines)
     table, best = lines["baseline", "category table"], lines["bound", "category oracle"]
     assert table.score.mean <= best.score.mean
-    assert oracle.gap_closed == pytest.approx(1)
-    assert lines["baseline", "best single"].gap_closed == 0
+    assert oracle.gap_closed.mean == pytest.approx(1)
+    assert lines["baseline", "best single"].gap_closed.mean == 0
+    assert lines["bound", "category oracle"].category_gap_closed.low == pytest.approx(1)
+    coe = lines["router", "coe"]
+    assert coe.gap_closed.low < coe.gap_closed.mean < coe.gap_closed.high
     assert lines["router", "best_single"].versus["best single"].mean == 0
     assert lines["router", "coe"].versus["random"].low > 0
     # A router may be called like a baseline.
-    assert set(lines["router", "random"].versus) == {"best single", "random"}
+    assert set(lines["router", "random"].versus) == {"best single", "random", "category table"}
+    assert set(lines["router", "random"].against) == {"best_single", "coe"}
+    assert coe.against["random"].mean == -lines["router", "random"].against["coe"].mean
+    text = as_markdown(evaluation)
+    assert f"| coe | - | {coe.against['best_single'].mean:+.3f}" in text
+    for figure in ("category gap", "regret", "Share of prompts", "decisions sha256"):
+        assert figure in text
 
 
 def test_shares_sum_to_one(fitted):
@@ -106,7 +115,7 @@ def test_cost_quality_zero_takes_the_cheapest(fitted):
     lines = _lines(evaluation)
     cost = lines["router", "coe"].cost
     assert cost == pytest.approx(lines["model", "generalist"].cost)
-    assert cost < lines["model", "lawyer"].cost
+    assert cost.high < lines["model", "lawyer"].cost.low
 
 
 def test_measured_costs_are_averaged(fitted):
@@ -116,7 +125,7 @@ def test_measured_costs_are_averaged(fitted):
     priced = OutcomeTable(table.prompts, models=MODELS, numbers=numbers)
     evaluation = _judged(fitted, priced)
     assert evaluation.cost_unit == "USD"
-    assert _lines(evaluation)["model", "lawyer"].cost == 3.0
+    assert _lines(evaluation)["model", "lawyer"].cost.mean == 3.0
 
 
 def test_missing_scores_are_left_out_and_noted(fitted):
@@ -304,11 +313,11 @@ def test_curves_need_costs(fitted):
     costs = [point.cost for point in found.curve.values()]
     assert costs == sorted(costs), "more quality never costs less"
     assert costs[0] == 1.0
-    assert 0 <= found.pareto_distance < 0.5
-    assert 0 < found.aiq < 1
+    assert 0 <= found.pareto_distance.mean < 0.5
+    assert 0 < found.aiq.low < found.aiq.mean < found.aiq.high < 1
     free = OutcomeTable(table.prompts, models=MODELS, numbers={"score": table.scores("all")})
-    assert np.isnan(_judged(fitted, free).figures["coe"].aiq)
-    assert as_json(_judged(fitted, free))["figures"]["coe"]["aiq"] is None
+    assert not _judged(fitted, free).figures["coe"].aiq.n
+    assert as_json(_judged(fitted, free))["figures"]["coe"]["aiq"]["mean"] is None
 
 
 def test_free_models_cost_what_policies_weigh(fitted):
@@ -332,24 +341,25 @@ def test_a_model_without_scores_or_all_without_success_spoil_nothing(fitted):
             fitted,
             OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores}, cards=cards),
         )
-        assert np.isnan(found.figures["coe"].perf_gain)
+        assert not found.figures["coe"].perf_gain.n
         assert as_text(found)
         assert as_html(found)
-        assert all(not line.gap_closed > 1 for line in found.lines)
+        assert all(not line.gap_closed.mean > 1 for line in found.lines)
     scores[test] = table.scores("test")
     scores[test[::2], 0] = np.nan
     partly = _judged(fitted, OutcomeTable(table.prompts, models=MODELS, numbers={"score": scores}))
-    assert all(not line.gap_closed > 1 + 1e-12 for line in partly.lines)
+    assert all(not line.gap_closed.mean > 1 + 1e-12 for line in partly.lines)
 
 
 def test_wasting_money_gains_no_area(fitted):
     table = example_table()
     table.cards = {m: {"active_params_b": size} for m, size in zip(MODELS, (1, 8, 4), strict=True)}
     evaluation = _judged(fitted, table, names=("coe", "best_single"))
-    dearest = max(line.cost for line in evaluation.lines if line.kind == "model")
+    dearest = max(line.cost.mean for line in evaluation.lines if line.kind == "model")
     for found in evaluation.figures.values():
         curve = list(found.curve.values())
-        assert found.aiq == pytest.approx(aiq([*curve, Point(dearest, 0.0)]))
+        assert found.aiq.mean == pytest.approx(aiq([*curve, Point(dearest, 0.0)]))
+        assert found.aiq.low < found.aiq.mean < found.aiq.high
 
 
 def test_two_models_get_the_metrics_of_strong_and_weak(fitted):
@@ -357,6 +367,8 @@ def test_two_models_get_the_metrics_of_strong_and_weak(fitted):
     pair = ["cook", "lawyer"]
     made = [decide("coe", fitted["coe"], table, split="test", candidates=pair)]
     found = judge(made, table, split="test").figures["coe"]
-    assert found.apgr > 0.5
-    assert 0 < found.cpt_50 <= found.cpt_80 <= 1
-    assert np.isnan(_judged(fitted).figures["coe"].apgr)
+    assert found.apgr.mean > 0.5
+    assert found.apgr.low < found.apgr.mean < found.apgr.high
+    assert 0 < found.cpt_50.mean <= found.cpt_80.mean <= 1
+    assert found.pgr.mean > 1, "the weak one is right where the strong one is not"
+    assert not _judged(fitted).figures["coe"].apgr.n

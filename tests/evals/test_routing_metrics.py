@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from evals.metrics import (
+    UNKNOWN,
     Point,
+    Resamples,
     aiq,
     apgr,
     auroc,
@@ -56,8 +58,37 @@ def test_calibration_error_is_averaged_over_models():
     quality = np.array([[0.5, 1.0], [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]])
     scores = np.array([[1.0, 0.5], [0.0, NAN], [1.0, 0.5], [0.0, 0.5]])
     # One bin per model, with gaps of 0.0 and 0.5.
-    assert calibration_error(quality, scores) == pytest.approx(0.25)
-    assert math.isnan(calibration_error(quality, np.full((4, 2), NAN)))
+    error = calibration_error(quality, scores, Resamples(4))
+    assert error.mean == pytest.approx(0.25)
+    # A sample of four has a gap of up to 0.5 for the first model, and always one for the second.
+    assert error.low == pytest.approx(0.25)
+    assert error.high == pytest.approx(0.5)
+    assert calibration_error(quality, np.full((4, 2), NAN), Resamples(4)) == UNKNOWN
+
+
+def test_samples_are_those_of_the_bootstrap():
+    values = np.random.default_rng(1).random((300, 2))
+    values[::3, 1] = NAN
+    means = Resamples(300).means(values)
+    for column in (0, 1):
+        expected = bootstrap_mean(values[:, column])
+        found = Resamples(300).estimate(expected.mean, means[:, column], expected.n)
+        assert found.low == pytest.approx(expected.low, abs=0.005)
+        assert found.high == pytest.approx(expected.high, abs=0.005)
+    # So many that the interval is that of the normal distribution.
+    many = np.random.default_rng(2).random((6000, 1))
+    expected = bootstrap_mean(many[:, 0])
+    found = Resamples(6000).estimate(expected.mean, Resamples(6000).means(many)[:, 0], 6000)
+    assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.25)
+
+
+def test_repeated_prompts_count_as_often():
+    win_rate, strong, weak = np.array([3.0, 2.0, 1.0]), np.array([1.0, 0, 1]), np.array([0.0, 0, 1])
+    counts = np.array([2, 0, 1])
+    twice = strong_weak_curve(win_rate[[0, 0, 2]], strong[[0, 0, 2]], weak[[0, 0, 2]])
+    found = strong_weak_curve(win_rate, strong, weak, counts)
+    assert apgr(found) == pytest.approx(apgr(twice))
+    assert cpt(found, 0.8) == pytest.approx(cpt(twice, 0.8))
 
 
 def test_reliability_keeps_equal_qualities_together():

@@ -355,8 +355,8 @@ def test_only_categories_with_scores_decide_which_models_are_kept(tmp_path, mode
     means = {"cook": {"cooking": 0.9}, "generalist": {}, "lawyer": {"law": 0.9, "general": 0.9}}
     categories = table.prompts.categories or []
     # The generalist is the best over all, in no category, and fits into the budget.
-    scores = [[means[name].get(kind, 0.0) for name in models] for kind in categories]
-    scores = np.where(np.array(models) == "generalist", 0.8, scores)
+    rows = [[means[name].get(kind, 0.0) for name in models] for kind in categories]
+    scores = np.where(np.array(models) == "generalist", 0.8, np.array(rows))
     balanced = OutcomeTable(
         table.prompts, models=models, numbers={"score": scores}, cards=table.cards
     )
