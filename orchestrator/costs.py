@@ -111,7 +111,9 @@ class ExpectedCosts:
 
     def in_unit(self, usd: NDArray[np.float64]) -> NDArray[np.float64]:
         """The costs in the unit, same shape as the US dollars; 0 where unknown."""
-        return usd if self.unit == "usd" else usd * 0.0 + self.answer_cost
+        import numpy as np
+
+        return usd if self.unit == "usd" else np.broadcast_to(self.answer_cost, usd.shape)
 
 
 def cost_unit(

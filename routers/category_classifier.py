@@ -103,7 +103,7 @@ class CategoryClassifier:
         """What is seen in one text."""
         import numpy as np
 
-        # Not a matrix product: BLAS orders additions by how many threads are free.
+        # Not a matrix product: BLAS orders additions by how many threads it uses.
         logits = np.einsum("cw,w->c", self.weights, vector) + self.biases
         similarity = np.asarray(np.einsum("cw,w->c", self.centroids, vector).max())
         return Evidence(logits, similarity, self.ngrams.scores(text) if self.ngrams else None)
@@ -178,7 +178,7 @@ class CategoryClassifier:
         )
         true = fitted.probabilities(seen.take(known))[np.arange(known.sum()), labels[known]]
         # One more than there are: the next text is as likely to fall into any of the gaps.
-        below = int(np.floor((len(true) + 1) * (1 - coverage)))
+        below = int((len(true) + 1) * (1 - coverage) + 1e-9)
         limit = float(np.sort(true)[below - 1]) if below else 0.0
         return replace(fitted, strangeness=strangeness, least_likely=limit)
 

@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CoERouter"]
 
-# Coarse, so that the threshold does not follow single validation prompts.
+# Coarse, so that the threshold does not follow single prompts.
 THRESHOLDS = tuple(step / 20 for step in range(20))
+# Standard errors by which a threshold must be better than none: the best of twenty owes some of its
+# lead to luck.
+TOLERANCE = 2.0
 # The shipped domain classifier; scripts/train_domain_classifier.sh makes it.
 DOMAINS = "package:routers/embedded/domains"
 # Small enough to say nothing else, large enough to survive single precision.
@@ -64,9 +67,11 @@ class CoERouter(VectorRouter):
 
     Robust fallback: where the calibrated probability is below a threshold, or the query looks
     stranger than nearly all held-out prompts, the row of the category ``general`` is used, or that
-    of all prompts if there is no such category. The threshold is the one whose decisions score best
-    on held-out prompts, if they do so by more than a standard error; of equally good ones the
-    median, as far from trusting everything as from trusting nothing.
+    of all prompts if there is no such category. The threshold is the one with the least squared
+    error of predicted differences between models on held-out prompts, if it is less by more than
+    two standard errors; of equally good ones the median, as far from trusting everything as from
+    trusting nothing. Not the one whose decisions score best: that is noisier, and says nothing of
+    decisions that weigh costs.
 
     An explanation's ``detail`` holds the probability of each category; ``likely``, the fewest
     categories that hold the true one with the stated coverage; and ``familiarity``, the share of
@@ -237,9 +242,9 @@ class CoERouter(VectorRouter):
         )
         self._keep(classifier.calibrated(held_out.seen, held_out.labels, coverage=self.coverage))
         self._ready()
-        sure, unsure = self._choices(held_out, rows.scores, labels[: len(rows)])
+        by_category, by_all = self._predicted(held_out, rows.scores, labels[: len(rows)])
         held_out = replace(held_out, scores=held_out.scores[:, kept])
-        self.threshold_, self.metrics_ = self._choose_threshold(held_out, sure, unsure)
+        self.threshold_, self.metrics_ = self._choose_threshold(held_out, by_category, by_all)
         self.metrics_ |= texts_facts(extra)
 
     def _named(self, rows: TrainingRows) -> tuple[list[str], list[str], list[str]]:
@@ -334,13 +339,13 @@ class CoERouter(VectorRouter):
     ) -> NDArray[np.float64]:
         return shrunken_means(scores, labels, n_categories, float(self.shrinkage))
 
-    def _choices(
+    def _predicted(
         self, held_out: HeldOut, scores: NDArray[np.float64], labels: NDArray[np.intp]
-    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Best models of held-out rows by their categories, and by the general row.
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Quality of held-out rows by their categories, and by the general row.
 
-        The tables have not seen the rows' scores; but a plan, which has no general row to weigh it
-        against, is the one that is used.
+        Both (n_rows, n_models), of tables that have not seen the rows' scores; but a plan, which
+        has no general row to weigh it against, is the one that is used.
         """
         import numpy as np
 
@@ -355,24 +360,24 @@ class CoERouter(VectorRouter):
                 seen = others if len(others) else held_out.rows
                 learnt = self._scored(scores[seen], labels[seen], posterior.shape[1])
                 tables.append((inside, learnt))
-        sure, unsure = np.zeros((2, len(posterior)), np.intp)
+        shape = (len(posterior), whole.shape[1])
+        sure, general = np.zeros(shape), np.zeros(shape)
         for inside, table in tables:
             quality, mean = table[:-1], table[-1]
             named = posterior[inside].argmax(axis=1)
-            rows = posterior[inside] @ quality if self._mixes else quality[named]
-            sure[inside] = rows.argmax(axis=1)
-            unsure[inside] = self._general(quality, mean).argmax()
-        return sure, unsure
+            sure[inside] = posterior[inside] @ quality if self._mixes else quality[named]
+            general[inside] = self._general(quality, mean)
+        return sure, general
 
     def _choose_threshold(
-        self, held_out: HeldOut, sure: NDArray[np.intp], general: NDArray[np.intp]
+        self, held_out: HeldOut, sure: NDArray[np.float64], general: NDArray[np.float64]
     ) -> tuple[float, dict[str, Any]]:
-        """The threshold of the best decisions on held-out rows, and what was measured there.
+        """The threshold that tells models apart best, and what was measured on held-out rows.
 
         Args:
             held_out: The rows.
-            sure: The model each row gets by its categories.
-            general: The model it gets by the general row.
+            sure: Predicted by their categories, shape (n_rows, n_models).
+            general: Predicted by the general row, same shape.
         """
         import numpy as np
 
@@ -380,17 +385,22 @@ class CoERouter(VectorRouter):
         confidence, category = posterior.max(axis=1), posterior.argmax(axis=1)
         far = self.classifier_.familiarity(held_out.seen) < 1 - self.familiar_share
         scores = held_out.scores
+        if_unsure, if_sure = (_errors_of_differences(found, scores) for found in (general, sure))
+
+        def error(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
+            return np.where(unsure, if_unsure, if_sure)
 
         def got(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
-            choice = np.where(unsure, general, sure)
+            choice = np.where(unsure, general.argmax(axis=1), sure.argmax(axis=1))
             return np.asarray(scores[np.arange(len(scores)), choice])
 
-        sweep = {t: got((confidence < t) | far) for t in THRESHOLDS} if self._falls_back else {}
+        thresholds = THRESHOLDS if self._falls_back else ()
+        sweep = {t: error((confidence < t) | far) for t in thresholds}
         means = {t: _mean(values) for t, values in sweep.items()}
-        best = max(means.values(), default=0.0)
-        equal = [t for t, mean in means.items() if mean >= best - 1e-12]
+        least = min(means.values(), default=0.0)
+        equal = [t for t, mean in means.items() if mean <= least + 1e-12]
         threshold = equal[len(equal) // 2] if equal else 0.0
-        if threshold and not clearly_above(sweep[threshold], sweep[0.0]):
+        if threshold and not clearly_above(sweep[0.0], sweep[threshold], TOLERANCE):
             threshold = 0.0
         known = held_out.labels >= 0
         correct = category[known] == held_out.labels[known]
@@ -406,7 +416,10 @@ class CoERouter(VectorRouter):
             "held_out_score": _mean(got(unsure)),
             "held_out_score_without_fallback": _mean(got(np.zeros(len(far), bool))),
             "held_out_fallback_share": float(unsure.mean()),
-            "score_by_threshold": {str(t): round(mean, 6) for t, mean in means.items()},
+            "score_by_threshold": {
+                str(t): round(_mean(got((confidence < t) | far)), 6) for t in thresholds
+            },
+            "error_by_threshold": {str(t): round(mean, 6) for t, mean in means.items()},
         }
 
     def _general(
@@ -463,6 +476,20 @@ def _named_by(reference: str, texts: Sequence[str]) -> list[str]:
         raise RouterError(f"categories: {exc}") from exc
     found = namer.predict([Query(text) for text in texts], namer.models).explanations
     return [str(explanation.category) for explanation in found]
+
+
+def _errors_of_differences(
+    quality: NDArray[np.float64], scores: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean squared error of how far each model is from the mean of all, shape (n_rows,)."""
+    import numpy as np
+
+    present = ~np.isnan(scores)
+    number = np.maximum(present.sum(axis=1, keepdims=True), 1)
+    gaps = np.where(present, quality - scores, 0.0)
+    gaps -= np.where(present, gaps.sum(axis=1, keepdims=True) / number, 0.0)
+    errors = (gaps**2).sum(axis=1) / number[:, 0]
+    return np.where(present.any(axis=1), errors, np.nan)
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -47,7 +47,7 @@ class NgramClassifier:
         found, counts = count_ngrams(text)
         values = (1.0 + np.log(counts)) * self.idf[found]
         values /= max(float(np.sqrt((values * values).sum())), 1e-12)
-        # Not a matrix product: BLAS orders additions by how many threads are free.
+        # Not a matrix product: BLAS orders additions by how many threads it uses.
         return np.asarray(np.einsum("g,gc->c", values, self.weights[found]) + self.shares)
 
 
