@@ -183,7 +183,8 @@ def curves_of(
         for name, quality in qualities.items():
             choices = [policy.choices(models, quality, expected, cost_quality=k) for k in KNOBS]
             found.setdefault(name, []).append(along(scores, costs, choices))
-        best = best_single_choice(table.scores("train"))
+        learnt = table.with_prompts_of("train").categories
+        best = best_single_choice(table.scores("train"), learnt)
         made.setdefault("best single", []).append(models[best])
         cheapest = int(expected.mean(axis=0).argmin())
         ends = along(scores, costs, [np.full(len(texts), j) for j in (cheapest, best)])

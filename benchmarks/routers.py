@@ -56,7 +56,7 @@ def run(
         known = table.with_prompts_of("train").categories
         rows = {
             "random": np.nanmean(scores, axis=1),
-            "best single": scores[:, best_single_choice(train)],
+            "best single": scores[:, best_single_choice(train, known)],
             "oracle": oracle_scores(scores),
         }
         if known is not None and texts.categories is not None:

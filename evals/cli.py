@@ -129,8 +129,9 @@ def export_command(name: str, split: str) -> None:
 @click.option(
     "--active",
     is_flag=True,
-    help="Stop asking an expert in a category once it cannot be the best there: fewer answers, "
-    "enough to name each category's best.",
+    help="Stop asking an expert a category's training prompts once it cannot be the best there: "
+    "fewer answers, enough to name each category's best. Prompts of other splits are asked of all; "
+    "if only such are wanted, the first of these splits decides.",
 )
 def collect_command(
     config_file: Path,

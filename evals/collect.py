@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from evals.collect_options import CollectOptions
 from evals.elimination import BATCH, survivors
-from evals.tasks import Sample, Task
+from evals.metrics import best_single_choice
+from evals.tasks import TABLE_SPLITS, Sample, Split, Task
 from experts.base import Expert
 from experts.errors import ExpertConfigError, ExpertError
 from experts.types import ChatRequest, ExpertCard, Message
@@ -134,9 +135,12 @@ async def collect(
     asker = _Asker(experts, journal, options, len(experts) * len(questions))
     with asker.bar:
         if options.active:
-            await _collect_active(asker, questions)
+            found = await _collect_active(asker, questions, options.splits)
         else:
+            found = []
             await asker.ask([(name, *question) for name in experts for question in questions])
+    for line in found:
+        tqdm.write(line, file=sys.stderr)
     cards = {name: expert.card for name, expert in experts.items()}
     write_outcome_table(out, tasks, journal, cards, options)
     return asker.missing
@@ -162,6 +166,11 @@ class _Asker:
         self._options = options
         self._places = asyncio.Semaphore(options.concurrency)
 
+    def expect_less(self, count: int) -> None:
+        """Take answers that will never be asked for out of the bar's total."""
+        self.bar.total = (self.bar.total or 0) - count
+        self.bar.refresh()
+
     async def ask(self, jobs: Sequence[Job]) -> None:
         """Ask what the journal does not know yet."""
         open_jobs = [job for job in jobs if not self.journal.find(job[1], job[0])]
@@ -184,31 +193,57 @@ class _Asker:
         await _together(work() for _ in range(min(self._options.concurrency, len(open_jobs))))
 
 
-async def _collect_active(asker: _Asker, questions: Sequence[tuple[Sample, Task]]) -> None:
-    """Ask each category's experts in batches, dropping those that cannot be its best any more."""
+async def _collect_active(
+    asker: _Asker, questions: Sequence[tuple[Sample, Task]], splits: Sequence[Split]
+) -> list[str]:
+    """Ask each category's experts in batches, dropping those that cannot be its best any more.
+
+    The scores of one split decide: of those wanted, the first in the order train, validation, test.
+    Prompts of the others are asked of all experts. Otherwise the prompts that are judged on would
+    say which cells are learnt from, and lack those of bad experts themselves.
+
+    Returns:
+        For each category one line that says who is its best and who was dropped.
+    """
     import numpy as np
 
+    deciding = next(split for split in TABLE_SPLITS if split in splits)
     categories: dict[str, list[tuple[Sample, Task]]] = {}
     # Any fixed order that says nothing of the prompts: a run that goes on takes the same one.
     for sample, task in sorted(questions, key=lambda question: text_hash(question[0].text)):
-        categories.setdefault(sample.category, []).append((sample, task))
+        if sample.split == deciding:
+            categories.setdefault(sample.category, []).append((sample, task))
+    others = [question for question in questions if question[0].split != deciding]
+    lines: list[str] = []
 
-    async def settle(asked: list[tuple[Sample, Task]]) -> None:
-        alive = list(asker.experts)
-        for end in range(BATCH, len(asked) + BATCH, BATCH):
-            batch = asked[end - BATCH : end]
+    async def settle(category: str, prompts: list[tuple[Sample, Task]]) -> None:
+        alive, dropped = list(asker.experts), dict[str, int]()
+        for end in range(BATCH, len(prompts) + BATCH, BATCH):
+            asked, rest = prompts[:end], len(prompts[end:])
+            batch = asked[end - BATCH :]
             await asker.ask([(name, *question) for name in alive for question in batch])
-            scores = np.full((len(asked[:end]), len(alive)), np.nan)
-            for row, (sample, task) in enumerate(asked[:end]):
+            scores = np.full((len(asked), len(alive)), np.nan)
+            for row, (sample, task) in enumerate(asked):
                 for column, name in enumerate(alive):
                     if answer := asker.journal.find(sample, name):
                         scores[row, column] = task.grade(answer.answer, sample)
-            keep = survivors(scores, len(asked))
-            alive = [name for name, kept in zip(alive, keep, strict=True) if kept]
+            best = "unknown" if np.isnan(scores).all() else alive[best_single_choice(scores)]
+            keep = survivors(scores, len(prompts))
+            gone = [name for name, kept in zip(alive, keep, strict=True) if not kept and rest]
+            dropped |= dict.fromkeys(gone, len(asked))
+            alive = [name for name in alive if name not in gone]
+            asker.expect_less(rest * (len(gone) + (len(alive) == 1)))
             if len(alive) == 1:
-                return
+                break
+        gone_after = ", ".join(f"{name} after {count}" for name, count in dropped.items())
+        lines.append(
+            f"{category}: the best is {best}; dropped {gone_after or 'nobody'} "
+            f"of {len(prompts)} {deciding} prompts"
+        )
 
-    await _together(settle(asked) for asked in categories.values())
+    settling = [settle(category, prompts) for category, prompts in categories.items()]
+    await _together([*settling, asker.ask([(n, *q) for n in asker.experts for q in others])])
+    return sorted(lines)
 
 
 def _questions(tasks: Iterable[Task], options: CollectOptions) -> list[tuple[Sample, Task]]:

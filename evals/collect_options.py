@@ -19,7 +19,9 @@ class CollectOptions:
         splits: Which splits are asked.
         limit: Samples per task and split; all if none.
         timeout_s: Seconds for one answer.
-        active: Stop asking an expert in a category as soon as it cannot be the best there.
+        active: Stop asking an expert a category's training prompts as soon as it cannot be the best
+            there. Prompts of other splits are asked of all experts; if only such are wanted, the
+            first of these splits decides.
     """
 
     concurrency: int = 16

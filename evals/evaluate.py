@@ -205,10 +205,10 @@ def _baselines(maker: _LineMaker, table: OutcomeTable, split: str, notes: list[s
     if learnt == split:
         notes.append(f"best single and category table are chosen on {split} itself: in hindsight")
     train = table.scores(learnt, maker.candidates)
-    best = maker.constant(best_single_choice(train))
-    lines.append(maker.chosen("best single", "baseline", best))
     categories = maker.prompts.categories
     known = table.with_prompts_of(learnt).categories
+    best = maker.constant(best_single_choice(train, known))
+    lines.append(maker.chosen("best single", "baseline", best))
     if categories is not None and known is not None:
         by_table = category_table_choice(train, known, categories)
         lines.append(maker.chosen("category table", "baseline", by_table))

@@ -24,7 +24,7 @@ __all__ = ["import_command"]
     "--format",
     "layout",
     type=click.Choice(list(FORMATS)),
-    help="What the files are; by default their ending says it (.csv, .jsonl).",
+    help="What the files are; by default each file's ending says it (.csv, .jsonl).",
 )
 @click.option(
     "--out",
@@ -62,13 +62,10 @@ def import_command(
     if any(not name or not value for name, _, value in pairs):
         raise click.UsageError("--column must be NAME=COLUMN")
     options = ImportOptions(model, metric, {name: value for name, _, value in pairs})
-    found = layout or files[0].suffix.removeprefix(".")
-    if found not in FORMATS:
-        raise click.UsageError(f"{files[0]}: which format is it? Give --format")
     if out.exists() and any(out.iterdir()):
         raise click.UsageError(f"{out} is not empty; choose another --out")
     try:
-        table = build_table(read_rows(files, found, options))
+        table = build_table(read_rows(files, layout, options))
     except TableError as error:
         raise click.UsageError(str(error)) from error
     table.write(out)

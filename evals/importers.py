@@ -147,15 +147,23 @@ FORMATS: dict[str, Callable[[Path, ImportOptions], Iterator[Row]]] = {
 }
 
 
-def read_rows(paths: Iterable[Path], layout: str, options: ImportOptions) -> Iterator[Row]:
-    """Rows of several files of one format.
+def read_rows(paths: Iterable[Path], layout: str | None, options: ImportOptions) -> Iterator[Row]:
+    """Rows of several files.
+
+    Args:
+        paths: The files.
+        layout: The format of all of them, one of ``FORMATS``; none takes each file's ending.
+        options: What the files do not say themselves.
 
     Raises:
-        TableError: A file cannot be read, or is not as its format must be.
+        TableError: A file's format is unknown, it cannot be read, or is not as its format must be.
     """
     for path in paths:
+        found = layout or path.suffix.removeprefix(".")
+        if found not in FORMATS:
+            raise TableError(f"{path}: which format is it? Give --format")
         try:
-            yield from FORMATS[layout](path, options)
+            yield from FORMATS[found](path, options)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise TableError(f"{path}: cannot be read: {error}") from error
 
@@ -164,7 +172,7 @@ def build_table(rows: Iterable[Row]) -> OutcomeTable:
     """Check rows and put them together.
 
     Prompts without a ``prompt_id`` get one from their text, so that several models' answers to one
-    prompt meet.
+    prompt meet; for that, all rows of a text must have one, or none.
 
     Raises:
         TableError: A value is missing or out of range, or two rows contradict each other; it names
@@ -173,12 +181,22 @@ def build_table(rows: Iterable[Row]) -> OutcomeTable:
     import numpy as np
 
     prompts: dict[str, tuple[str, Row]] = {}
+    firsts_of_text: dict[tuple[str, bool], Row] = {}
     cells: dict[tuple[str, str], Row] = {}
     models: dict[str, int] = {}
     for row in rows:
         text, model = _text(row, "prompt"), _text(row, "model")
+        for name in ("model", "prompt_id", "category"):
+            value = row.values.get(name)
+            if isinstance(value, str) and value != value.strip():
+                raise TableError(f"{row.where}: {name} is {value!r}; take the blanks off its ends")
         given = row.values.get("prompt_id")
-        prompt_id = _prompt_id(text) if given in (None, "") else str(given)
+        named = given not in (None, "")
+        prompt_id = str(given) if named else _prompt_id(text)
+        firsts_of_text.setdefault((text, named), row)
+        if (other := firsts_of_text.get((text, not named))) is not None:
+            raise TableError(f"{row.where}: {'a' if named else 'no'} prompt_id, unlike the same "
+                             f"prompt in {other.where}; give it to both or none")  # fmt: skip
         known = prompts.setdefault(prompt_id, (text, row))
         if known[0] != text:
             raise TableError(f"{row.where}: another prompt has the id {prompt_id!r} in "
@@ -302,7 +320,12 @@ def _number(where: str, name: str, value: Any) -> float:
 
 
 def _score(row: Row) -> float:
-    score = _number(row.where, "score", row.values.get("score"))
+    value = row.values.get("score")
+    if value is None or not str(value).strip():
+        raise TableError(
+            f"{row.where}: score is empty; leave the row out: a missing cell is one without a row"
+        )
+    score = _number(row.where, "score", value)
     if not 0 <= score <= 1:
         raise TableError(f"{row.where}: score is {score:g}; scale scores to lie in [0, 1]")
     return score

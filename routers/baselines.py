@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from routers.base import Explanation, Query
 from routers.fitted import FittedRouter, TrainingRows
 from routers.params import check_count, check_number
-from routers.training import shrunken_means
+from routers.training import overall_means, shrunken_means
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +25,8 @@ __all__ = ["BestSingleRouter", "RandomRouter", "category_table_choice"]
 class BestSingleRouter(FittedRouter):
     """Predicts each model's mean training score, so one model is always the best.
 
-    Trains in milliseconds, predicts in microseconds. Models without a training score cannot be
-    predicted for.
+    Where cells are missing, means are over categories, if known (``overall_means``). Trains in
+    milliseconds, predicts in microseconds. Models without a training score cannot be predicted for.
 
     Attributes:
         quality_: Mean scores, shape (n_models,).
@@ -39,9 +39,7 @@ class BestSingleRouter(FittedRouter):
         pass
 
     def _learn(self, rows: TrainingRows) -> None:
-        import numpy as np
-
-        self.quality_ = np.nanmean(rows.scores, axis=0)
+        self.quality_ = overall_means(rows.scores, rows.categories)
 
     def _predict_one(self, given: Query) -> tuple[NDArray[np.floating], Explanation]:
         return self.quality_, Explanation()
@@ -144,6 +142,7 @@ def category_table_choice(
     labels = np.array([known.index(name) for name in train_categories], np.intp)
     scored = ~np.isnan(train_scores).all(axis=0)
     means = shrunken_means(train_scores, labels, len(known), 0.0)
+    means[-1] = overall_means(train_scores, train_categories)
     best = np.where(scored, means, -1.0).argmax(axis=1)
     position = {name: number for number, name in enumerate(known)}
     rows = np.array([position.get(name, len(known)) for name in categories], np.intp)

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["clearly_above", "read_labelled_texts", "read_texts", "shrunken_means", "texts_facts"]
+__all__ = [
+    "clearly_above",
+    "overall_means",
+    "read_labelled_texts",
+    "read_texts",
+    "shrunken_means",
+    "texts_facts",
+]
 
 
 def shrunken_means(
@@ -43,6 +50,43 @@ def shrunken_means(
     count, total = members.T @ present, members.T @ filled
     shrunken = (total + shrinkage * means) / np.maximum(count + shrinkage, 1e-12)
     return np.vstack([np.where(count > 0, shrunken, means), means])
+
+
+def overall_means(
+    scores: NDArray[np.float64], categories: Sequence[str] | None
+) -> NDArray[np.float64]:
+    """Each model's mean score, as far as can be told as if it had been asked every prompt.
+
+    Where cells are missing by category, as after ``collect --active``, the mean of those that exist
+    flatters a specialist. So a model that lacks cells gets the mean over categories, weighed by
+    their numbers of prompts. In a category where it has no cell it is given the lowest mean of any
+    model there, so that nobody gains by not being asked. Categories without any score do not count.
+
+    Args:
+        scores: Shape (n_prompts, n_models), NaN for missing cells.
+        categories: True category of each prompt; none gives the means of the cells that exist.
+
+    Returns:
+        Shape (n_models,), 0 for models without any score.
+    """
+    import numpy as np
+
+    present = ~np.isnan(scores)
+    filled = np.where(present, scores, 0.0)
+    counts = present.sum(axis=0)
+    plain = filled.sum(axis=0) / np.maximum(counts, 1)
+    partly = (counts > 0) & (counts < len(scores))
+    if categories is None or not partly.any():
+        return np.asarray(plain)
+    labels = np.unique(np.array(categories), return_inverse=True)[1]
+    members = (labels[:, None] == np.arange(labels.max() + 1)).astype(np.float64)
+    cells = members.T @ present
+    means = np.where(cells > 0, members.T @ filled / np.maximum(cells, 1), np.inf)
+    lowest = means.min(axis=1)
+    scored = np.isfinite(lowest)
+    means = np.where(cells > 0, means, lowest[:, None])[scored]
+    weighed = np.average(means, axis=0, weights=members.sum(axis=0)[scored])
+    return np.where(partly, weighed, plain)
 
 
 def clearly_above(

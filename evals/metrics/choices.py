@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from routers.training import overall_means
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,14 +22,18 @@ def chosen(cells: NDArray[np.float64], choice: NDArray[np.intp]) -> NDArray[np.f
     return picked
 
 
-def best_single_choice(scores: NDArray[np.float64]) -> int:
-    """The model with the best mean over its scores; ties go to the earlier."""
+def best_single_choice(scores: NDArray[np.float64], categories: Sequence[str] | None = None) -> int:
+    """The model with the best mean over its scores; ties go to the earlier.
+
+    Args:
+        scores: Shape (n_prompts, n_models), NaN for missing cells.
+        categories: True category of each prompt. Where cells are missing, means are over
+            categories (``routers.training.overall_means``); without, over the cells that exist.
+    """
     import numpy as np
 
-    present = ~np.isnan(scores)
-    counts = present.sum(axis=0)
-    means = np.where(present, scores, 0.0).sum(axis=0) / np.maximum(counts, 1)
-    return int(np.where(counts > 0, means, -1.0).argmax())
+    scored = ~np.isnan(scores).all(axis=0)
+    return int(np.where(scored, overall_means(scores, categories), -1.0).argmax())
 
 
 def random_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,10 +5,12 @@ import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evals.collect import Answer, CollectError, Journal, collect, text_hash, write_outcome_table
 from evals.collect_options import CollectOptions
+from evals.elimination import BATCH
 from evals.tasks import Sample, Split
 from experts.base import AnyRequest
 from experts.errors import ExpertConfigError, ExpertError, ExpertUnavailableError
@@ -188,6 +190,51 @@ def test_active_collection_drops_experts_that_cannot_be_the_best(tmp_path: Path)
     asked = len(good.requests)
     asyncio.run(collect({"good": good, "bad": bad}, [ManyWordsTask()], tmp_path, options))
     assert len(good.requests) == asked, "a run that goes on asks nothing twice"
+
+
+class SplitWordsTask(SpellingTask):
+    """Fifty words to learn from and twenty to judge on, in one category."""
+
+    def samples(self, split: Split) -> list[Sample]:
+        count = {"train": 50, "test": 20}.get(split, 0)
+        return [
+            Sample(f"words-{split}-{i}", f"say {split}{i}", f"{split}{i}", "words", split)
+            for i in range(count)
+        ]
+
+
+class TrainedExpert(RepeatingExpert):
+    """Repeats the words it was trained on, and no others."""
+
+    async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
+        assert isinstance(request, ChatRequest)
+        self.suffix = "" if "train" in request.messages[-1].text else "!"
+        async for chunk in super().stream(request, timeout_s=timeout_s):
+            yield chunk
+
+
+def test_active_collection_drops_by_training_scores_and_asks_all_other_prompts_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {"bad": RepeatingExpert("bad", "!"), "trained": TrainedExpert("trained")}
+    missing = asyncio.run(
+        collect(experts, [SplitWordsTask()], tmp_path, CollectOptions(active=True))
+    )
+    assert missing == {}
+    table = OutcomeTable.load(tmp_path)
+    assert not np.isnan(table.scores("test")).any()
+    asked = (~np.isnan(table.scores("train"))).sum(axis=0)
+    assert asked.tolist() == [BATCH, BATCH], "the best is known after the first look"
+    told = capsys.readouterr().err
+    assert f"words: the best is trained; dropped bad after {BATCH} of 50 train prompts" in told
+    assert f"{2 * (BATCH + 20)}/{2 * (BATCH + 20)}" in told, "the bar counts what is asked"
+
+
+def test_active_collection_of_one_split_drops_by_its_scores(tmp_path: Path) -> None:
+    experts = {"good": RepeatingExpert("good"), "bad": RepeatingExpert("bad", "!")}
+    options = CollectOptions(active=True, splits=["test"])
+    asyncio.run(collect(experts, [SplitWordsTask()], tmp_path, options))
+    assert np.isnan(OutcomeTable.load(tmp_path).scores("test")).any()
 
 
 def test_active_collection_asks_all_where_experts_are_alike(tmp_path: Path) -> None:

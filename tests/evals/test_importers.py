@@ -57,6 +57,17 @@ def test_jsonl_with_other_names(tmp_path):
     assert _table(tmp_path).scores("all").tolist() == [[1.0], [0.0]]
 
 
+def test_each_files_own_ending_says_its_format(tmp_path):
+    row = {"prompt": "Name a sea.", "model": "b", "score": 1, "category": "general"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row))
+    result = _run(tmp_path, "a.csv", GOOD, str(tmp_path / "b.jsonl"))
+    assert result.exit_code == 0, result.output
+    assert _table(tmp_path).prompts.texts[-1] == "Name a sea."
+    (tmp_path / "c.txt").write_text("")
+    result = _run(tmp_path, "a.csv", GOOD, str(tmp_path / "c.txt"), "--out", str(tmp_path / "d"))
+    assert f"{tmp_path / 'c.txt'}: which format is it? Give --format" in result.stderr
+
+
 LM_EVAL = [
     {"doc_id": 0, "target": "2", "arguments": {"gen_args_0": {"arg_0": "1 + 1 =", "arg_1": {}}},
      "resps": [["2"]], "filtered_resps": ["2"], "exact_match": 1.0},
@@ -143,6 +154,28 @@ def test_alpaca_eval_annotations(tmp_path):
             "a.csv",
             "prompt,model,score,prompt_id\nq,m,1,x\nr,n,1,x",
             "line 3: another prompt has the id 'x' in",
+        ),
+        (
+            "a.csv",
+            "prompt,model,score,prompt_id\nq,m,1,x\nr,m,1,\nq,n,1,",
+            "line 4: no prompt_id, unlike the same prompt in",
+        ),
+        (
+            "a.csv",
+            "prompt,model,score,prompt_id\nq,m,1,\nq,n,1,x",
+            "line 3: a prompt_id, unlike the same prompt in",
+        ),
+        ("a.csv", "prompt,model,score\nq,m,1\nr, m,1", "line 3: model is ' m'; take the blanks"),
+        (
+            "a.csv",
+            "prompt,model,score,category\nq,m,1,one \nr,m,1,one",
+            "line 2: category is 'one '; take the blanks",
+        ),
+        ("a.csv", "prompt,model,score\nq,m,1\nr,m,", "line 3: score is empty; leave the row out"),
+        (
+            "a.jsonl",
+            '{"prompt": "q", "model": "m", "score": null}',
+            "line 1: score is empty; leave the row out: a missing cell is one without a row",
         ),
         (
             "a.csv",

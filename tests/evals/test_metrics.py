@@ -15,7 +15,9 @@ from evals.metrics import (
     paired_difference,
     random_scores,
 )
-from routers.baselines import category_table_choice
+from routers.baselines import BestSingleRouter, category_table_choice
+from routers.outcomes import OutcomeTable, Prompts
+from routers.training import overall_means
 
 NAN = math.nan
 SCORES = np.array([[1.0, 0.0, 0.5], [0.0, NAN, 1.0], [0.5, 0.5, NAN], [NAN, NAN, NAN]])
@@ -33,6 +35,52 @@ def test_best_single_averages_the_scores_that_exist():
     assert best_single_choice(SCORES) == 2
     assert best_single_choice(np.array([[0.5, 0.5]])) == 0
     assert best_single_choice(np.array([[NAN, 0.0]])) == 1
+
+
+def eliminated():
+    """A generalist, and a specialist that was asked little where it is bad."""
+    rng = np.random.default_rng(0)
+    scores = (rng.random((120, 2)) < 0.7).astype(float)
+    scores[:60, 1], scores[60:, 1] = 0.9, 0.0
+    scores[70:, 1] = NAN
+    return scores, ["special"] * 60 + ["other"] * 60
+
+
+def test_a_specialist_is_not_the_best_single_for_cells_it_lacks():
+    scores, categories = eliminated()
+    assert best_single_choice(scores) == 1, "the cells that exist flatter it"
+    assert best_single_choice(scores, categories) == 0
+    assert overall_means(scores, categories)[1] == pytest.approx((0.9 + 0.0) / 2)
+
+
+def test_overall_means_are_plain_ones_where_nothing_is_missing():
+    scores = np.random.default_rng(0).random((50, 3))
+    categories = [f"c{number % 7}" for number in range(50)]
+    assert np.array_equal(overall_means(scores, categories), scores.mean(axis=0))
+    scores[:, 1] = NAN
+    assert np.array_equal(
+        overall_means(scores, categories), [scores[:, 0].mean(), 0.0, scores[:, 2].mean()]
+    )
+
+
+def test_who_was_not_asked_in_a_category_gets_its_lowest_mean():
+    scores = np.array([[1.0, 0.5, 0.8], [0.5, 0.2, NAN], [0.5, 0.4, NAN], [NAN, NAN, NAN]])
+    means = overall_means(scores, ["x", "y", "y", "z"])
+    assert means == pytest.approx([(1 + 2 * 0.5) / 3, (0.5 + 2 * 0.3) / 3, (0.8 + 2 * 0.3) / 3])
+    assert overall_means(scores, None) == pytest.approx([2 / 3, 1.1 / 3, 0.8])
+
+
+def test_the_router_of_the_best_single_model_weighs_categories():
+    scores, categories = eliminated()
+    ids = [str(number) for number in range(len(scores))]
+    table = OutcomeTable(
+        Prompts(ids, ids, categories),
+        models=["generalist", "specialist"],
+        numbers={"score": scores},
+    )
+    quality = BestSingleRouter().fit(table, split="all").quality_
+    assert quality.argmax() == 0
+    assert quality == pytest.approx(overall_means(scores, categories))
 
 
 def test_category_table_takes_each_categorys_best_training_model():
