@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from routers.text_classifier import Loss, TextClassifier
+    from routers.text_classifier import TextClassifier
 
 __all__ = ["BertRouter"]
 
@@ -116,6 +116,7 @@ class BertRouter(FittedRouter):
 
         torch = _torch()
         from routers.text_classifier import TextClassifier, fine_tune, pick_device
+        from routers.torch_training import masked_bce
 
         by_category = self.target == "category"
         if by_category and rows.categories is None:
@@ -142,7 +143,8 @@ class BertRouter(FittedRouter):
         logits, self.metrics_ = fine_tune(
             classifier,
             [classifier.tokens(text) for text in texts],
-            _category_loss(labels) if by_category else _expert_loss(scores),
+            labels if by_category else scores.astype(np.float32),
+            torch.nn.functional.cross_entropy if by_category else masked_bce,
             learnt,
             checked,
             epochs=self.epochs,
@@ -270,24 +272,6 @@ def _split(
     if not len(learnt) or not len(checked):
         learnt = checked = np.flatnonzero(usable)
     return learnt, checked
-
-
-def _category_loss(labels: NDArray[np.intp]) -> Loss:
-    import torch
-
-    targets = torch.from_numpy(labels)
-    return lambda logits, rows: torch.nn.functional.cross_entropy(
-        logits, targets[rows].to(logits.device)
-    )
-
-
-def _expert_loss(scores: NDArray[np.float64]) -> Loss:
-    import torch
-
-    from routers.torch_training import masked_bce
-
-    targets = torch.from_numpy(scores).float()
-    return lambda logits, rows: masked_bce(logits, targets[rows].to(logits.device))
 
 
 def _binary_log_loss(logits: NDArray[np.float64], scores: NDArray[np.float64]) -> float:
