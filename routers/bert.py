@@ -40,6 +40,10 @@ class BertRouter(FittedRouter):
     holds encoder and tokenizer (90 MB with MiniLM), so the checkpoint is not needed again. On a
     GPU, two trainings with the same seed may differ in the last bits.
 
+    A training that was interrupted goes on when the same is asked for again, and comes to the same:
+    after each epoch and every five minutes its state is kept in ``$COLLEGIUM_CACHE/trainings``
+    (360 MB with MiniLM) until it has ended. What abandoned trainings left there may be deleted.
+
     Args:
         model: The pretrained encoder: ``minilm`` (all-MiniLM-L6-v2 from its package), or the folder
             or the name, in the local hub cache, of one that transformers' ``AutoModel`` reads, such

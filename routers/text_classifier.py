@@ -239,7 +239,7 @@ def fine_tune(
     are clipped. Products are in bfloat16 where the device multiplies it natively.
 
     An interrupted training, called again with the same arguments, goes on from where it was after
-    the last epoch, or some minutes before the end, and ends with the same bits.
+    its last epoch, or minutes before its end, and comes to the same bits.
 
     Args:
         classifier: What is trained, on the device to train on.

@@ -63,10 +63,14 @@ def train(tiny_bert, tmp_path, steps):
     return run
 
 
-@pytest.mark.parametrize("target", ["category", "expert"])
 @pytest.mark.parametrize(
-    ("fail_at", "every_s", "lost"),
-    [(STEPS_PER_EPOCH, 300, 0), (2 * STEPS_PER_EPOCH + 3, 300, 3), (5, 0, 0), (11, 0, 0)],
+    ("target", "fail_at", "every_s", "lost"),
+    [
+        ("category", STEPS_PER_EPOCH, 300, 0),
+        ("expert", 2 * STEPS_PER_EPOCH + 3, 300, 3),
+        ("category", 5, 0, 0),
+        ("expert", 11, 0, 0),
+    ],
 )
 def test_an_interrupted_training_goes_on_and_ends_with_the_same_bytes(
     target, fail_at, every_s, lost, train, steps, kept, capsys, monkeypatch
