@@ -36,6 +36,7 @@ __all__ = [
     "EncoderId",
     "Manifest",
     "Update",
+    "check_target",
     "encoder_of",
     "load_artefact",
     "read_manifest",
@@ -161,9 +162,7 @@ def save_artefact(
     from safetensors.numpy import save
 
     target = Path(path)
-    if target.exists() and not (target / MANIFEST).is_file():
-        if not target.is_dir() or any(target.iterdir()):
-            raise RouterError(f"{target} exists and is not an artefact; choose another --out")
+    check_target(target)
     data = save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())})
     full = manifest.model_copy(
         update={
@@ -177,6 +176,17 @@ def save_artefact(
         (folder / ARRAYS).write_bytes(data)
         text = json.dumps(full.model_dump(), indent=1, allow_nan=False, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def check_target(target: Path) -> None:
+    """Refuse a place where ``save_artefact`` could not write; worth asking before long training.
+
+    Raises:
+        RouterError: There is something else than an artefact.
+    """
+    if target.exists() and not (target / MANIFEST).is_file():
+        if not target.is_dir() or any(target.iterdir()):
+            raise RouterError(f"{target} exists and is not an artefact; choose another --out")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from routers.text_classifier import Loss, TextClassifier
+    from routers.text_classifier import TextClassifier
 
 __all__ = ["BertRouter"]
 
@@ -39,6 +39,10 @@ class BertRouter(FittedRouter):
     128; half of that with three layers. It needs torch and transformers to serve, too. The artefact
     holds encoder and tokenizer (90 MB with MiniLM), so the checkpoint is not needed again. On a
     GPU, two trainings with the same seed may differ in the last bits.
+
+    A training that was interrupted goes on when the same is asked for again, and comes to the same:
+    after each epoch and every five minutes its state is kept in ``$COLLEGIUM_CACHE/trainings``
+    (360 MB with MiniLM) until it has ended. What abandoned trainings left there may be deleted.
 
     Args:
         model: The pretrained encoder: ``minilm`` (all-MiniLM-L6-v2 from its package), or the folder
@@ -116,6 +120,7 @@ class BertRouter(FittedRouter):
 
         torch = _torch()
         from routers.text_classifier import TextClassifier, fine_tune, pick_device
+        from routers.torch_training import masked_bce
 
         by_category = self.target == "category"
         if by_category and rows.categories is None:
@@ -142,7 +147,8 @@ class BertRouter(FittedRouter):
         logits, self.metrics_ = fine_tune(
             classifier,
             [classifier.tokens(text) for text in texts],
-            _category_loss(labels) if by_category else _expert_loss(scores),
+            labels if by_category else scores.astype(np.float32),
+            torch.nn.functional.cross_entropy if by_category else masked_bce,
             learnt,
             checked,
             epochs=self.epochs,
@@ -270,24 +276,6 @@ def _split(
     if not len(learnt) or not len(checked):
         learnt = checked = np.flatnonzero(usable)
     return learnt, checked
-
-
-def _category_loss(labels: NDArray[np.intp]) -> Loss:
-    import torch
-
-    targets = torch.from_numpy(labels)
-    return lambda logits, rows: torch.nn.functional.cross_entropy(
-        logits, targets[rows].to(logits.device)
-    )
-
-
-def _expert_loss(scores: NDArray[np.float64]) -> Loss:
-    import torch
-
-    from routers.torch_training import masked_bce
-
-    targets = torch.from_numpy(scores).float()
-    return lambda logits, rows: masked_bce(logits, targets[rows].to(logits.device))
 
 
 def _binary_log_loss(logits: NDArray[np.float64], scores: NDArray[np.float64]) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tqdm import tqdm
 
 from routers.base import Explanation, Query, RouterError
 from routers.calibration import fit_platt, sigmoid
@@ -96,12 +99,18 @@ class BlendRouter(CombinedRouter):
 
         fold_of = stratified_folds(np.zeros(len(rows), np.intp), self.folds, self.random_state)
         names, held_out, skipped = [], [], {}
-        for text in self.members:
-            try:
-                held_out.append(_held_out(text, rows, fold_of))
-                names.append(text)
-            except RouterError as error:
-                skipped[text] = str(error)
+        folds = len(np.unique(fold_of))
+        total = len(self.members) * folds
+        with tqdm(total=total, desc=self.method, unit="fold", delay=2, file=sys.stderr) as bar:
+            for number, text in enumerate(self.members, 1):
+                # A refresh would show the bar at once, whatever its delay.
+                bar.set_postfix_str(text, refresh=False)
+                try:
+                    held_out.append(_held_out(text, rows, fold_of, bar))
+                    names.append(text)
+                except RouterError as error:
+                    skipped[text] = str(error)
+                bar.update(number * folds - bar.n)
         if not names:
             raise RouterError(f"no member can learn from this table: {'; '.join(skipped.values())}")
         predictions = np.array(held_out)
@@ -154,7 +163,9 @@ def _logit(quality: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(np.log(safe / (1 - safe)))
 
 
-def _held_out(text: str, rows: TrainingRows, fold_of: NDArray[np.intp]) -> NDArray[np.float64]:
+def _held_out(
+    text: str, rows: TrainingRows, fold_of: NDArray[np.intp], bar: tqdm[NoReturn]
+) -> NDArray[np.float64]:
     """A member's predictions for each row by one that has not seen it, (n_rows, n_models)."""
     import numpy as np
 
@@ -166,6 +177,7 @@ def _held_out(text: str, rows: TrainingRows, fold_of: NDArray[np.intp]) -> NDArr
         columns = [rows.models.index(name) for name in member.models]
         queries = [Query(rows.texts[row]) for row in inside]
         quality[inside[:, None], columns] = member.predict(queries, member.models).quality
+        bar.update()
     means = np.nanmean(rows.scores, axis=0)
     return np.where(np.isnan(quality), means, quality)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from routers.base import RouterError
 from routers.category_classifier import CategoryClassifier, Evidence
 from routers.fitted import TrainingRows
@@ -173,7 +175,8 @@ def _out_of_fold(
 
     logits = np.zeros((len(labels), len(categories)))
     similarity = np.zeros(len(labels))
-    for fold in np.unique(fold_of):
+    each = tqdm(np.unique(fold_of), desc="cross-validation", unit="fold", delay=2, leave=False)
+    for fold in each:
         inside = fold_of == fold
         if inside.all():
             inside = ~inside

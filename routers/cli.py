@@ -98,10 +98,11 @@ def _train(
     models: list[str] | None,
     settings: tuple[str, ...],
 ) -> None:
-    from routers.artefact import write_training_s
+    from routers.artefact import check_target, write_training_s
     from routers.outcomes import OutcomeTable
     from routers.params import check_known_params, parse_settings
 
+    check_target(out)
     router_class = get_router_class(method)
     params = parse_settings(settings)
     check_known_params(router_class, params)

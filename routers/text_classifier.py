@@ -1,13 +1,14 @@
 """BERT-type encoders with a linear layer, trained end to end. Imports torch, so import it late.
 
-Knows nothing of categories, models or scores: a caller gives texts, rows and a loss.
+Knows nothing of categories, models or scores: a caller gives texts, targets and a loss.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from routers.base import RouterError
+from routers.checkpoints import Checkpoint
 from routers.encoders.base import MAX_CHARACTERS
 from routers.encoders.minilm_export import model_folder
 
@@ -29,6 +31,10 @@ WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
 # Batches are filled with texts of like length out of so many batches' worth of shuffled texts.
 SORTED_BATCHES = 16
+# Part of a checkpoint's name: raise it whenever the same training may come to something else.
+TRAINING_VERSION = 1
+# The held-out logits in a checkpoint, beside parameters; no parameter's name has a space.
+LOGITS = "held-out logits"
 # Of a checkpoint's config: where it came from, and what could make a reader fetch or run code.
 DROPPED_CONFIG = ("_name_or_path", "auto_map", "architectures", "dtype", "transformers_version")
 
@@ -216,6 +222,7 @@ def pick_device(name: str) -> torch.device:
 def fine_tune(
     classifier: TextClassifier,
     texts: Sequence[Sequence[int]],
+    targets: NDArray[Any],
     loss: Loss,
     learnt: NDArray[np.intp],
     checked: NDArray[np.intp],
@@ -231,17 +238,21 @@ def fine_tune(
     AdamW with linear warm-up over the first tenth of the steps, then cosine to zero; gradients
     are clipped. Products are in bfloat16 where the device multiplies it natively.
 
+    An interrupted training, called again with the same arguments, goes on from where it was after
+    its last epoch, or minutes before its end, and comes to the same bits.
+
     Args:
         classifier: What is trained, on the device to train on.
         texts: Tokenized texts.
-        loss: Logits and the positions of their texts to the mean loss.
+        targets: What the loss compares their logits with, shape (n_texts, ...).
+        loss: Logits and targets to the mean loss.
         learnt: Positions of the texts to learn from.
         checked: Positions of the held-out texts.
         epochs: Number of passes.
         learning_rate: The highest.
         batch_size: Texts per step.
-        random_state: Seed of dropout and order.
-        name: What the progress bar calls it.
+        random_state: Seed of the order; dropout follows torch's own.
+        name: What progress bar and checkpoint call it.
 
     Returns:
         Logits of the held-out texts, shape (n_checked, n_outputs), and facts for the manifest.
@@ -251,48 +262,74 @@ def fine_tune(
 
     rng = np.random.default_rng(random_state)
     device = classifier.head.weight.device
+    goals = torch.from_numpy(targets)
     # Fused: on CPUs the loop over tensors costs more than a small encoder's gradients.
     optimiser = torch.optim.AdamW(
         classifier.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True
     )
-    steps = epochs * -(-len(learnt) // batch_size)
+    lengths = [len(texts[row]) for row in learnt]
+    plan = [part for _ in range(epochs) for part in _batches(lengths, batch_size, rng)]
+    steps, per_epoch = len(plan), len(plan) // epochs
     schedule = get_cosine_schedule_with_warmup(optimiser, int(steps * WARM_UP_SHARE), steps)
-    held_out = torch.from_numpy(checked)
-    best, best_loss, best_epoch, best_logits = _copy(classifier), float("inf"), 0, None
-    with tqdm(total=steps, desc=name, unit="step", delay=2, file=sys.stderr) as bar:
-        for epoch in range(1, epochs + 1):
+    settings = (epochs, learning_rate, batch_size, random_state, str(targets.dtype), device.type)
+    decides = _decides(classifier, (targets, learnt, checked, *map(np.array, texts)), settings)
+    checkpoint = Checkpoint(name, decides, classifier, optimiser, schedule)
+    kept = checkpoint.restore()
+    best, facts = kept or ({}, {"steps": 0, "held_out_loss": float("inf"), "best_epoch": 0})
+    if kept:
+        where = f"epoch {facts['steps'] // per_epoch + 1} of {epochs}"
+        tqdm.write(f"{name}: going on from {where} ({checkpoint.path})", file=sys.stderr)
+    with tqdm(
+        total=steps, initial=facts["steps"], desc=name, unit="step", delay=2, file=sys.stderr
+    ) as bar:
+        for number, part in enumerate(plan[facts["steps"] :], facts["steps"] + 1):
+            rows = learnt[part]
             classifier.train()
-            for part in _batches([len(texts[row]) for row in learnt], batch_size, rng):
-                rows = learnt[part]
-                inputs = classifier.padded([texts[row] for row in rows])
-                with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
-                    logits = classifier(**inputs)
-                optimiser.zero_grad()
-                loss(logits.float(), torch.from_numpy(rows)).backward()
-                torch.nn.utils.clip_grad_norm_(classifier.parameters(), MAX_GRADIENT_NORM)
-                optimiser.step()
-                schedule.step()
-                bar.update()
-            classifier.eval()
-            logits_now = np.stack([classifier.logits(texts[row]) for row in checked])
-            now = float(loss(torch.from_numpy(logits_now).float().to(device), held_out))
-            # A refresh would show the bar at once, whatever its delay.
-            bar.set_postfix(held_out=f"{now:.4f}", refresh=False)
-            if now < best_loss or best_logits is None:
-                best, best_loss, best_epoch, best_logits = (
-                    _copy(classifier),
-                    now,
-                    epoch,
-                    logits_now,
-                )
-    assert best_logits is not None, "there is at least one epoch"
+            inputs = classifier.padded([texts[row] for row in rows])
+            with torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device)):
+                logits = classifier(**inputs)
+            optimiser.zero_grad()
+            loss(logits.float(), goals[rows].to(device)).backward()
+            torch.nn.utils.clip_grad_norm_(classifier.parameters(), MAX_GRADIENT_NORM)
+            optimiser.step()
+            schedule.step()
+            bar.update()
+            facts["steps"] = number
+            ended = number % per_epoch == 0
+            if ended:
+                classifier.eval()
+                found = np.stack([classifier.logits(texts[row]) for row in checked])
+                now = float(loss(torch.from_numpy(found).float().to(device), goals[checked]))
+                # A refresh would show the bar at once, whatever its delay.
+                bar.set_postfix(held_out=f"{now:.4f}", refresh=False)
+                if now < facts["held_out_loss"] or not best:
+                    best = {LOGITS: torch.from_numpy(found), **_copy(classifier)}
+                    facts |= {"held_out_loss": now, "best_epoch": number // per_epoch}
+            if number < steps and (ended or checkpoint.due):
+                checkpoint.save(best, facts)
+    checkpoint.remove()
+    best_logits: NDArray[np.float64] = best.pop(LOGITS).numpy()
     classifier.load_state_dict(best)
     classifier.zero_grad()  # gradients take as much memory as the parameters
     return best_logits, {
         "held_out_rows": len(checked),
-        "held_out_loss": best_loss,
-        "best_epoch": best_epoch,
+        "held_out_loss": facts["held_out_loss"],
+        "best_epoch": facts["best_epoch"],
     }
+
+
+def _decides(
+    classifier: TextClassifier, arrays: Iterable[NDArray[Any]], settings: Sequence[Any]
+) -> Iterator[bytes]:
+    """All that decides what a training comes to: code, settings, data, initial parameters."""
+    import transformers
+
+    code = (TRAINING_VERSION, torch.__version__, transformers.__version__)
+    yield json.dumps([code, settings, classifier.config], sort_keys=True, default=str).encode()
+    for array in arrays:
+        yield array.tobytes()
+    for tensor in classifier.state_dict().values():
+        yield tensor.cpu().numpy().tobytes()
 
 
 def _batches(

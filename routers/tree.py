@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tqdm import tqdm
+
 from routers.base import Explanation, Query, RouterError
 from routers.encoders.surface import SURFACE_FEATURES, surface_features
 from routers.fitted import FittedRouter, TrainingRows
@@ -77,7 +79,8 @@ class TreeRouter(FittedRouter):
         import numpy as np
         from sklearn.tree import DecisionTreeRegressor
 
-        inputs = np.array([surface_features(text) for text in rows.texts], np.float32)
+        texts = tqdm(rows.texts, desc="reading", unit="text", delay=2, leave=False)
+        inputs = np.array([surface_features(text) for text in texts], np.float32)
         means = np.nanmean(rows.scores, axis=0)
         filled = np.where(np.isnan(rows.scores), means, rows.scores)
         grow = np.random.default_rng(self.random_state).random(len(rows)) < 2 / 3

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+from routers import blend
 from routers.base import Query, RouterError
 from routers.blend import BlendRouter, _greedy, _least_squares
 from routers.c3po import C3PORouter
@@ -158,3 +160,17 @@ def test_calibration_keeps_the_order_and_brings_quality_near_the_scores():
     assert (quality.argmax(axis=1) == alone.argmax(axis=1)).all()
     scores = table.scores("test")
     assert abs(quality.mean() - scores.mean()) < 0.05
+
+
+def test_the_bar_counts_folds_of_every_member_those_left_out_too(monkeypatch, capsys):
+    # As in a run of more than two seconds.
+    monkeypatch.setattr(blend, "tqdm", lambda **said: tqdm(**{**said, "delay": 0}))
+    table = example_table()
+    prompts = replace(table.prompts, categories=None)
+    scores = {"score": table.scores("all")}
+    without = OutcomeTable(prompts, models=MODELS, numbers=scores)
+    router = BlendRouter(members=[COE, LENGTH, KMEANS], folds=4).fit(without)
+    assert list(router.metrics_["skipped"]) == [COE]
+    err = capsys.readouterr().err
+    assert "blend:   0%" in err
+    assert "| 12/12 [" in err

@@ -86,3 +86,12 @@ def test_settings_given_twice_are_refused(table, tmp_path):
 def test_settings_are_json_where_they_can_be():
     settings = ["a=1", "b=true", "c=text", "d=x=y", "e=null"]
     assert parse_settings(settings) == {"a": 1, "b": True, "c": "text", "d": "x=y", "e": None}
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(table, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    # Training would refuse the table, as it says nothing of the models' sizes.
+    arguments = ("--table", table, "--set", "encoder=hashing", "--set", "max_total_params_b=1")
+    result = _run("coe", *arguments, "--out", str(tmp_path / "notes"))
+    assert result.exit_code == 2
+    assert "choose another --out" in result.output
