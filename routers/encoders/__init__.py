@@ -48,7 +48,8 @@ def get_encoder(name: str = DEFAULT_ENCODER) -> Encoder:
     Args:
         name: ``minilm-int8``, ``minilm-fp32``, with fewer layers ``minilm-l1-int8`` and so on,
             ``multilingual``, ``static``, ``characters``, ``hashing``, ``surface``,
-            ``sentence-transformers:NAME_OR_PATH``, or several of them with ``+`` between.
+            ``sentence-transformers:PATH`` or ``:NAME@REVISION``, or several of them with ``+``
+            between.
 
     Raises:
         RouterError: Nothing is known under that name.

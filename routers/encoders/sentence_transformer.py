@@ -25,8 +25,9 @@ class SentenceTransformerEncoder(CachedEncoder):
     texts are kept in memory.
 
     Args:
-        name_or_path: A folder, or a model's name on the hub (then pin ``revision``).
-        revision: The hub's revision. Artefacts are bound to it; a folder's files are hashed.
+        name_or_path: A folder, whose files are hashed, or a model's name on the hub, best with the
+            revision that artefacts shall be bound to: ``NAME@REVISION``. Without one, vectors are
+            not kept on disk, and an artefact takes whatever the hub has.
         device: ``cpu``, ``cuda``, ...; other devices than that of training may move last bits.
         on_disk: Whether vectors of many texts at once are kept on disk.
     """
@@ -35,13 +36,17 @@ class SentenceTransformerEncoder(CachedEncoder):
         self,
         name_or_path: str,
         *,
-        revision: str | None = None,
         device: str = "cpu",
         on_disk: bool = False,
     ) -> None:
         super().__init__(on_disk=on_disk)
         self.name_or_path = name_or_path
-        self._revision = revision
+        self._model_name: str = name_or_path
+        self._revision: str | None = None
+        if not Path(name_or_path).is_dir():
+            self._model_name, _, revision = name_or_path.partition("@")
+            self._revision = revision or None
+        self._folder_hash: str | None = None
         self._device = device
         self._loading = threading.Lock()
         self._loaded: Any = None
@@ -54,9 +59,9 @@ class SentenceTransformerEncoder(CachedEncoder):
     @property
     def revision(self) -> str:
         """The hub's revision, or a hash of the folder's files."""
-        if self._revision is None and Path(self.name_or_path).is_dir():
-            self._revision = _folder_sha256(Path(self.name_or_path))[:16]
-        return self._revision or UNPINNED
+        if self._folder_hash is None and Path(self.name_or_path).is_dir():
+            self._folder_hash = _folder_sha256(Path(self.name_or_path))[:16]
+        return self._folder_hash or self._revision or UNPINNED
 
     @property
     def width(self) -> int:
@@ -76,7 +81,7 @@ class SentenceTransformerEncoder(CachedEncoder):
                     ) from exc
                 try:
                     self._loaded = SentenceTransformer(
-                        self.name_or_path, revision=self._revision, device=self._device
+                        self._model_name, revision=self._revision, device=self._device
                     )
                 except (OSError, ValueError) as exc:
                     raise RouterError(

