@@ -135,6 +135,9 @@ class NexusRouter(GradientRouter, ClusterRouter):
                 some = rng.choice(len(rows), min(self.profile_prompts, len(rows)), replace=False)
                 drawn = self._means(rows.scores[some], labels[some])
                 profiles = torch.from_numpy(drawn.T.astype(np.float32))
+                # A model without a score in the draw is not one that is always wrong.
+                unseen = np.isnan(rows.scores[some]).all(axis=0)
+                profiles[unseen] = whole[unseen]
             made = down(torch.nn.functional.silu(gate(profiles)) * up(profiles))
             base = torch.logit(
                 (memberships[part] @ profiles.T).clamp(LEAST_QUALITY, 1 - LEAST_QUALITY)
