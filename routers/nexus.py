@@ -136,7 +136,7 @@ class NexusRouter(GradientRouter, ClusterRouter):
                 drawn = self._means(rows.scores[some], labels[some])
                 profiles = torch.from_numpy(drawn.T.astype(np.float32))
                 # A model without a score in the draw is not one that is always wrong.
-                unseen = np.isnan(rows.scores[some]).all(axis=0)
+                unseen = torch.from_numpy(np.asarray(np.isnan(rows.scores[some]).all(axis=0)))
                 profiles[unseen] = whole[unseen]
             made = down(torch.nn.functional.silu(gate(profiles)) * up(profiles))
             base = torch.logit(
