@@ -110,7 +110,14 @@ def _body(*models: type[BaseModel]) -> dict[str, Any]:
 
 
 def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    stream = {"schema": {"type": "string", "description": "Server-sent events, up to [DONE]."}}
+    # As is usual before OpenAPI 3.2, the schema is that of one event.
+    event = {
+        "type": "object",
+        "description": "One of the server-sent events, of which the last one's data is [DONE].",
+        "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}},
+        "required": ["data"],
+    }
+    stream = {"schema": event}
     return {
         200: {"model": model, "content": {"text/event-stream": stream}},
         **_failures(*_GENERATION_ERRORS),
