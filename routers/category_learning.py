@@ -22,7 +22,7 @@ __all__ = ["HeldOut", "fit_classifier", "learn_categories"]
 
 FOLDS = 5
 # More rows would only make cross-validation slower: a temperature and a threshold need no more.
-CALIBRATION_ROWS = 10_000
+CALIBRATION_ROWS = 5_000
 # The kernel of n-grams has one row and one column for each of them.
 NGRAM_ROWS = 5_000
 # What a class gets that was absent from the training rows: as good as impossible, but finite.
