@@ -28,7 +28,8 @@ class C3PORouter(CombinedRouter):
     References:
         Li et al., "C3PO" (arXiv:2504.07964): routing weights within a mixture-of-experts model,
         mixed with those of solved neighbours. Departs from it in mixing predicted quality of whole
-        models, and in weighing neighbours alike.
+        models, in weighing neighbours alike, and in shrinking their mean by one prompt towards that
+        of all solved ones. Where a model has no score on solved prompts, the base decides alone.
     """
 
     method = "c3po"

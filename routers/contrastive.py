@@ -48,9 +48,10 @@ class ContrastiveRouter(GradientRouter):
     References:
         Chen et al., "RouterDC" (arXiv:2409.19886): the best models of a query against its worst
         ones, and queries of one cluster against others. Departs from it in a frozen encoder with a
-        learnt projection, in calibrated predictions, and in two slips of the public code: rows
-        without a right model are left out of the loss (there the mask broadcasts and rescales the
-        whole batch), and no query is its own positive.
+        learnt projection, in calibrated predictions, in a temperature of .2 (there 1) and a weight
+        of .5 for the loss between queries (0 by default in its code), and in two slips of that
+        code: rows without a right model are left out of the loss (there the mask broadcasts and
+        rescales the whole batch), and no query is its own positive.
     """
 
     method = "contrastive"
