@@ -124,12 +124,16 @@ async def collect(
         The number of answers that are missing, by expert, for experts that lack any.
 
     Raises:
-        CollectError: If the journal is damaged or there is nothing to ask.
+        CollectError: If the journal is damaged, or there is nothing to ask or to compare.
         ExpertConfigError: If an expert can never answer.
     """
     questions = _questions(tasks, options)
     if not questions or not experts:
         raise CollectError("nothing to collect: no samples in these splits, or no experts")
+    if options.active and len(experts) < 2:
+        raise CollectError(
+            "active collection compares experts, and there is one: leave out --active"
+        )
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / JOURNAL_FILE)
     asker = _Asker(experts, journal, options, len(experts) * len(questions))

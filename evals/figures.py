@@ -59,7 +59,7 @@ class Figures:
     """What is measured of a router besides its mean score.
 
     Attributes:
-        regret: Score lost against the oracle.
+        regret: Utility lost against the oracle; at a knob of 1 that is score.
         recall: Whether the model predicted best is right, on prompts that some model gets right.
         rare_recall: The same on prompts that at most three models get right.
         recall_3: Whether one of the three predicted best is right.
@@ -127,7 +127,7 @@ def figures_of(
     for d in decisions:
         own = slice(start, start := start + len(d.sweep))
         known = Figures(
-            regret=bootstrap_mean(regret(scores, costs, d.choice)),
+            regret=bootstrap_mean(regret(scores, costs, d.choice, cost_quality=d.cost_quality)),
             recall=bootstrap_mean(recall_at(1, d.quality, scores)),
             rare_recall=bootstrap_mean(
                 recall_at(1, d.quality, scores, at_most_winners=RARE_WINNERS)

@@ -39,7 +39,7 @@ LEGEND = (
 
 # Figures by name: the field, and what it means.
 FIGURES = {
-    "regret": ("regret", "score lost against the oracle"),
+    "regret": ("regret", "utility lost against the oracle: score, and cost if the knob is below 1"),
     "recall@1": ("recall", "the model predicted best is right, of prompts that some model solves"),
     "recall@3": ("recall_3", "one of the three predicted best is right"),
     "rare@1": ("rare_recall", "recall@1 where at most three models are right"),

@@ -72,7 +72,10 @@ class KNNRouter(VectorRouter):
 
         similarity = self.neighbours_ @ given
         k = min(self.k, len(similarity))
-        nearest = np.argpartition(-similarity, k - 1)[:k]
+        # Of equally similar prompts at the end the earlier count, on every machine.
+        least = np.partition(similarity, len(similarity) - k)[len(similarity) - k]
+        candidates = np.flatnonzero(similarity >= least)
+        nearest = candidates[np.argsort(-similarity[candidates], kind="stable")[:k]]
         total = self.scores_[nearest].sum(axis=0) + self.shrinkage * self.mean_
         weight = self.present_[nearest].sum(axis=0) + self.shrinkage
         quality = np.where(weight > 0, total / np.maximum(weight, 1e-12), self.mean_)

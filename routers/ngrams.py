@@ -45,18 +45,23 @@ class NgramClassifier:
         import numpy as np
 
         found, counts = count_ngrams(text)
-        values = (1.0 + np.log(counts)) * self.idf[found]
+        values = (1.0 + np.log(counts)) * self.idf.take(found)
         values /= max(float(np.sqrt((values * values).sum())), 1e-12)
-        # Not a matrix product: BLAS orders additions by how many threads it uses.
-        return np.asarray(np.einsum("g,gc->c", values, self.weights[found]) + self.shares)
+        # Rows are taken and converted apart, in a third of the time that indexing needs. Not a
+        # matrix product: BLAS orders additions by how many threads it uses.
+        weights = self.weights.take(found, axis=0).astype(np.float64)
+        return np.asarray(np.einsum("g,gc->c", values, weights) + self.shares)
 
 
-def count_ngrams(text: str) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
+def count_ngrams(text: str) -> tuple[NDArray[np.uint16], NDArray[np.intp]]:
     """Which hashed n-grams a text has, rising, and how often each."""
     import numpy as np
 
-    codes = hash_ngrams(text, SHORTEST, LONGEST) >> np.uint32(32 - BITS)
-    return np.unique(codes, return_counts=True)
+    codes = (hash_ngrams(text, SHORTEST, LONGEST) >> np.uint32(32 - BITS)).astype(np.uint16)
+    # Short numbers are sorted by their digits, in half the time of ``np.unique``.
+    codes.sort(kind="stable")
+    ends = np.append(np.flatnonzero(codes[1:] != codes[:-1]), len(codes) - 1)
+    return codes[ends], np.diff(ends, prepend=-1)
 
 
 def fit_ngrams(

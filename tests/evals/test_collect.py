@@ -246,10 +246,15 @@ def test_active_collection_asks_all_where_experts_are_alike(tmp_path: Path) -> N
 
 def test_active_collection_fails_with_the_experts_own_error(tmp_path: Path) -> None:
     broken = RepeatingExpert("broken", errors=[ExpertConfigError("no weights")])
+    experts = {"broken": broken, "good": RepeatingExpert("good")}
     with pytest.raises(ExpertConfigError, match="no weights"):
-        asyncio.run(
-            collect({"broken": broken}, [ManyWordsTask()], tmp_path, CollectOptions(active=True))
-        )
+        asyncio.run(collect(experts, [ManyWordsTask()], tmp_path, CollectOptions(active=True)))
+
+
+def test_active_collection_needs_experts_to_compare(tmp_path: Path) -> None:
+    experts = {"alone": RepeatingExpert("alone")}
+    with pytest.raises(CollectError, match="leave out --active"):
+        asyncio.run(collect(experts, [ManyWordsTask()], tmp_path, CollectOptions(active=True)))
 
 
 def test_half_an_emoji_is_journalled(tmp_path: Path) -> None:

@@ -33,14 +33,21 @@ from evals.metrics import (
 NAN = math.nan
 
 
-def test_regret_counts_cost_at_its_price():
-    scores = np.array([[1.0, 0.5], [0.0, 1.0], [NAN, 1.0]])
-    costs = np.array([[4.0, 1.0], [4.0, 1.0], [4.0, 1.0]])
-    choice = np.array([1, 0, 0])
-    assert regret(scores, costs, choice)[:2].tolist() == [0.5, 1.0]
+def test_regret_counts_cost_as_the_knob_does():
+    scores = np.array([[1.0, 0.5], [0.0, 1.0], [NAN, 1.0], [1.0, 0.0]])
+    costs = np.array([[4.0, 1.0], [4.0, 1.0], [4.0, 1.0], [4.0, NAN]])
+    choice = np.array([1, 0, 0, 1])
+    assert regret(scores, costs, choice)[[0, 1, 3]].tolist() == [0.5, 1.0, 1.0]
     assert np.isnan(regret(scores, costs, choice)[2])
-    # Utilities at a price of 0.25: [0.0, 0.25], [-1.0, 0.75].
-    assert regret(scores, costs, choice, price=0.25)[:2].tolist() == [0.0, 1.75]
+    # Utilities at the knob 0.5: [0, 0.125] and [-0.5, 0.375].
+    assert regret(scores, costs, choice, cost_quality=0.5)[:2].tolist() == [0.0, 0.875]
+    assert np.isnan(regret(scores, costs, choice, cost_quality=0.5)[2:]).all()
+
+
+def test_nobody_regrets_the_cheapest_where_only_cost_counts():
+    scores, costs = np.array([[1.0, 0.0]]), np.array([[2.0, 1.0]])
+    assert regret(scores, costs, np.array([1]), cost_quality=0.0).tolist() == [0.0]
+    assert regret(scores, costs, np.array([0]), cost_quality=0.0).tolist() == [0.5]
 
 
 def test_recall_looks_at_the_first_k_of_solvable_prompts():

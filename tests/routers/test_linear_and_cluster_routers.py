@@ -133,6 +133,15 @@ def test_missing_cells_are_left_out_not_taken_for_failures(make):
     assert (quality[:, 2] > 0.6).all()
 
 
+def test_the_earlier_of_equally_near_neighbours_count():
+    prompts = Prompts([str(i) for i in range(40)], ["the same words"] * 40)
+    scores = np.linspace(0, 1, 40)[:, None] * [1.0, -1.0] + [0.0, 1.0]
+    table = OutcomeTable(prompts, models=["rising", "falling"], numbers={"score": scores})
+    router = KNNRouter(encoder="hashing", k=10, shrinkage=0).fit(table, split="all")
+    quality = router.predict([Query("the same words")], router.models).quality
+    assert quality[0] == pytest.approx(scores[:10].mean(axis=0))
+
+
 @pytest.mark.parametrize("make", [KMeansRouter, NexusRouter, UniRouteRouter])
 def test_a_new_model_needs_no_retraining(make):
     table = example_table(per_split=240)
