@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from routers.encoders import Encoder
 
 __all__ = [
+    "TIMING",
     "Artefact",
     "EncoderId",
     "Manifest",

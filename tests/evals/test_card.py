@@ -14,7 +14,7 @@ from click.testing import CliRunner
 pytest.importorskip("pyarrow")
 
 from evals.evaluate_cli import evaluate_command
-from routers.artefact import read_manifest
+from routers.artefact import TIMING, read_manifest
 from routers.baselines import BestSingleRouter
 from routers.coe import CoERouter
 from routers.outcomes import OutcomeTable
@@ -126,5 +126,7 @@ def test_one_command_makes_the_shipped_artefact_again(tmp_path, name, script):
     assert done.returncode == 0, done.stderr
     shipped = ROOT / "routers" / "embedded" / name
     for file in sorted(shipped.iterdir()):
+        if file.name == TIMING:  # differs, is not shipped, and lies here after training here
+            continue
         made = tmp_path / "routers" / "embedded" / name / file.name
         assert made.read_bytes() == file.read_bytes(), f"{file.name} differs"
