@@ -26,6 +26,7 @@ from experts.types import ChatRequest, Message
 from orchestrator.config import parse_config
 from orchestrator.core import Orchestrator
 from orchestrator.costs import ExpectedCosts
+from orchestrator.options import RoutingOptions
 from orchestrator.policies import UtilityPolicy
 from orchestrator.pool import estimated_tokens
 from routers.base import Query
@@ -95,7 +96,7 @@ async def measure(
     for text in texts:
         request = ChatRequest(model="auto", messages=[Message(role="user", content=text)])
         started = _clocks()
-        await orchestrator.decide(request, cost_quality=COST_QUALITY)
+        await orchestrator.decide(request, options=RoutingOptions(cost_quality=COST_QUALITY))
         clocks["decide"].append(_since(started))
     found = {}
     for what, times in clocks.items():

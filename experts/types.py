@@ -250,6 +250,13 @@ class Usage(BaseModel):
             total_tokens=prompt_tokens + completion_tokens,
         )
 
+    def __add__(self, other: Usage) -> Usage:
+        """Counts of both."""
+        return Usage.of(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -262,6 +269,7 @@ class Chunk:
         finish_reason: Set on the last chunk of an answer: ``stop``, ``length``, ``tool_calls`` ...
         logprobs: OpenAI's logprobs object for the new text.
         usage: Token counts so far; set on the last chunk of a request at the latest.
+        progress: What is being done, for whoever waits; no part of the answer.
     """
 
     index: int = 0
@@ -270,6 +278,7 @@ class Chunk:
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
     usage: Usage | None = None
+    progress: str | None = None
 
 
 @dataclass(slots=True)
@@ -301,6 +310,8 @@ async def collect(chunks: AsyncIterable[Chunk]) -> Completion:
     texts: dict[int, list[str]] = {}
     usage = Usage()
     async for chunk in chunks:
+        if chunk.progress is not None:
+            continue
         choice = choices.setdefault(chunk.index, Choice())
         texts.setdefault(chunk.index, []).append(chunk.text)
         for delta in chunk.tool_calls or []:
@@ -365,6 +376,13 @@ class ExpertCard(BaseModel):
     """The model it is a fine-tune of."""
     adapter: str | None = None
     """The LoRA adapter put on the base model."""
+
+    def usd(self, usage: Usage) -> float:
+        """What so many tokens cost in US dollars."""
+        return (
+            usage.prompt_tokens * self.input_usd_per_mtok
+            + usage.completion_tokens * self.output_usd_per_mtok
+        ) / 1e6
 
     @field_serializer("capabilities", when_used="json")
     def _in_order(self, capabilities: frozenset[Capability]) -> list[str]:

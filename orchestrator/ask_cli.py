@@ -14,6 +14,7 @@ import httpx
 from orchestrator.config import load_config
 from orchestrator.decision import Decision
 from orchestrator.errors import RequestError
+from orchestrator.options import RoutingOptions
 
 __all__ = ["ask_command", "route_command"]
 
@@ -138,7 +139,9 @@ def route_command(
     orchestrator = Orchestrator(config, {}, load_routers(config))
     request = ChatRequest(model=model, messages=[Message(role="user", content=text)])
     try:
-        decision = asyncio.run(orchestrator.decide(request, cost_quality=cost_quality))
+        decision = asyncio.run(
+            orchestrator.decide(request, options=RoutingOptions(cost_quality=cost_quality))
+        )
     except RequestError as error:
         raise click.UsageError(error.message) from None
     if as_json:

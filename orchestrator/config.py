@@ -25,18 +25,18 @@ from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
 from orchestrator.policies import PolicyConfig, UtilityPolicy
+from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.registry import AnyStrategy
 from orchestrator.strict import StrictModel
 
 __all__ = [
     "ArtefactRouterConfig",
     "CollegiumConfig",
     "ConfigError",
-    "FallbackStrategyConfig",
     "LimitsConfig",
     "RayConfig",
     "RouteConfig",
     "ServerConfig",
-    "SingleStrategyConfig",
     "StaticRouterConfig",
     "from_args",
     "load_config",
@@ -75,27 +75,6 @@ class StaticRouterConfig(StrictModel):
 RouterConfig = Annotated[ArtefactRouterConfig | StaticRouterConfig, Field(discriminator="type")]
 
 
-class SingleStrategyConfig(StrictModel):
-    """The first expert answers, or nobody."""
-
-    type: Literal["single"]
-    """Which kind of strategy."""
-
-
-class FallbackStrategyConfig(StrictModel):
-    """The first expert answers; the next one if it fails before its first byte."""
-
-    type: Literal["fallback"] = "fallback"
-    """Which kind of strategy."""
-    max_attempts: int = Field(default=3, ge=1, le=16)
-    """Experts to try at most."""
-
-
-StrategyConfig = Annotated[
-    SingleStrategyConfig | FallbackStrategyConfig, Field(discriminator="type")
-]
-
-
 class RouteConfig(StrictModel):
     """A name users can put in ``model``: router, policy, strategy, and whom to choose from."""
 
@@ -105,7 +84,7 @@ class RouteConfig(StrictModel):
     """Name of a router from ``routers``."""
     policy: PolicyConfig = UtilityPolicy()
     """How predicted quality and cost become an order of experts."""
-    strategy: StrategyConfig = FallbackStrategyConfig()
+    strategy: AnyStrategy = FallbackStrategy()
     """How the chosen experts' answers become one."""
     experts: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the experts to choose from; none means all that the router knows."""
@@ -235,6 +214,12 @@ class CollegiumConfig(StrictModel):
                     raise ValueError(
                         f"the policy of route {route_name!r} names {expert!r}, which is none of "
                         f"the route's experts: {', '.join(map(repr, listed or names))}"
+                    )
+            for expert in route.strategy.named_experts:
+                if expert not in names:
+                    raise ValueError(
+                        f"the strategy of route {route_name!r} names the unknown expert "
+                        f"{expert!r}; known: {', '.join(map(repr, names))}"
                     )
         for router_name, router in self.routers.items():
             for expert in router.quality if isinstance(router, StaticRouterConfig) else ():

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError, ExpertUnavailableError
@@ -16,26 +17,31 @@ from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
     ConfigError,
-    FallbackStrategyConfig,
     RouteConfig,
     StaticRouterConfig,
 )
 from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
-from orchestrator.strategies.base import Strategy
-from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Orchestrator", "load_routers"]
 
 # Encoding a query keeps one core busy for milliseconds; more threads than this would only make
 # every query wait longer, and the event loop needs a core too.
 ROUTER_THREADS = 2
+
+# Experts that one request may have asked together.
+MAX_EXPERTS = 16
 
 # An expert that does not even say whether it is healthy is not.
 HEALTH_TIMEOUT_S = 5.0
@@ -45,7 +51,6 @@ HEALTH_TIMEOUT_S = 5.0
 class _Route:
     config: RouteConfig
     router: Router
-    strategy: Strategy
     experts: tuple[str, ...]
     excluded: Mapping[str, str]
     costs: ExpectedCosts
@@ -107,7 +112,7 @@ class Orchestrator:
         self,
         request: AnyRequest,
         *,
-        cost_quality: float | None = None,
+        options: RoutingOptions | None = None,
         context: RequestContext | None = None,
     ) -> Decision:
         """Decide who shall answer.
@@ -116,7 +121,7 @@ class Orchestrator:
 
         Args:
             request: The request; its ``model`` names an expert or a route.
-            cost_quality: The request's own knob, instead of the route's.
+            options: What the request itself says of its routing.
             context: Takes note of the router's time.
 
         Raises:
@@ -127,20 +132,26 @@ class Orchestrator:
         if not has_content(request):
             field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
-        if request.model in self.cards:
-            return self._decide_named(request)
-        route = self.routes.get(request.model)
+        options = options or RoutingOptions()
+        if options.route is None and request.model in self.cards:
+            return self._decide_named(request, options)
+        name = options.route or request.model
+        route = self.routes.get(name)
         if route is None:
-            raise UnknownModelError(request.model, [*self.routes, *self.cards])
-        pool, excluded = split_pool(request, [self.cards[name] for name in route.experts])
-        excluded = {**route.excluded, **excluded}
+            known = self.routes if options.route else [*self.routes, *self.cards]
+            raise UnknownModelError(name, known, "route" if options.route else "model")
+        allowed = not_allowed(route.experts, options.allowed_models or ["*"])
+        pool, unable = split_pool(
+            request, [self.cards[expert] for expert in route.experts if expert not in allowed]
+        )
+        excluded = {**route.excluded, **allowed, **unable}
         if not pool:
-            raise EmptyPoolError(request.model, excluded)
+            raise EmptyPoolError(name, excluded)
         started = time.monotonic()
         prediction = await self._predict(route.router, prompt_text(request), pool)
         if context is not None:
             context.router_s = time.monotonic() - started
-        return _decision(request, route, pool, excluded, prediction, cost_quality)
+        return _decision(name, request, route, pool, excluded, prediction, options)
 
     async def _predict(self, router: Router, text: str, pool: Sequence[ExpertCard]) -> Prediction:
         queries, candidates = [Query(text)], [card.name for card in pool]
@@ -151,14 +162,16 @@ class Orchestrator:
             self._threads, router.predict, queries, candidates
         )
 
-    def _decide_named(self, request: AnyRequest) -> Decision:
+    def _decide_named(self, request: AnyRequest, options: RoutingOptions) -> Decision:
         name = request.model
-        pool, excluded = split_pool(request, [self.cards[name]])
-        if not pool:
-            raise EmptyPoolError(name, excluded)
+        _, excluded = split_pool(request, [self.cards[name]])
+        excluded |= not_allowed([name], options.allowed_models or ["*"])
         usd = self._named_costs[name].usd(
             [estimated_prompt_tokens(request)], token_limit=request.token_limit
         )
+        excluded |= _too_dear([name], usd, options)
+        if excluded:
+            raise EmptyPoolError(name, excluded)
         return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=float(usd[0, 0])),))
 
     def run(
@@ -170,7 +183,7 @@ class Orchestrator:
             ExpertError: Nobody could answer, or an expert failed midway.
         """
         route = self.routes.get(decision.route or "")
-        strategy = route.strategy if route else self._single
+        strategy = route.config.strategy if route else self._single
         return strategy.run(request, decision, self.experts, context)
 
     async def check_health(self) -> dict[str, BaseException | None]:
@@ -223,46 +236,58 @@ def _build_route(
     if not (allowed := tuple(expert for expert in experts if expert not in excluded)):
         reasons = "; ".join(f"{expert}: {why}" for expert, why in excluded.items())
         raise ConfigError(f"route {name!r}: its policy leaves no expert ({reasons})")
-    strategy: Strategy = (
-        FallbackStrategy(route.strategy.max_attempts)
-        if isinstance(route.strategy, FallbackStrategyConfig)
-        else SingleStrategy()
-    )
     able = [cards[expert] for expert in allowed]
     unit = cost_unit(route.policy.cost, able, measured)
     costs = ExpectedCosts.of(able, measured, unit)
-    return _Route(route, router, strategy, allowed, excluded, costs)
+    return _Route(route, router, allowed, excluded, costs)
 
 
 def _decision(
+    name: str,
     request: AnyRequest,
     route: _Route,
     pool: Sequence[ExpertCard],
     excluded: Mapping[str, str],
     prediction: Prediction,
-    cost_quality: float | None,
+    options: RoutingOptions,
 ) -> Decision:
-    knob = route.config.policy.cost_quality if cost_quality is None else cost_quality
-    if not 0 <= knob <= 1:
-        raise BadRequestError(f"cost_quality must be from 0 to 1, got {knob:g}", "cost_quality")
+    if options.top_k is not None and options.top_k > MAX_EXPERTS:
+        raise BadRequestError(
+            f"top_k: how many experts shall answer, at most {MAX_EXPERTS}, got {options.top_k}; "
+            "as a sampling parameter it goes to an expert named as model only",
+            "top_k",
+        )
     policy, names = route.config.policy, [card.name for card in pool]
+    knob = policy.cost_quality if options.cost_quality is None else options.cost_quality
+    quality = prediction.quality
     expected = route.costs.only(names)
     usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
+    refused = below_quality(quality[0], names, options.min_quality or 0.0)
+    refused |= _too_dear(names, usd, options)
+    if refused:
+        # Those that are left are compared as if they were all there are.
+        kept = [j for j, expert in enumerate(names) if expert not in refused]
+        excluded = {**excluded, **refused}
+        if not kept:
+            raise EmptyPoolError(name, excluded)
+        names, quality, usd = [names[j] for j in kept], quality[:, kept], usd[:, kept]
+        expected = route.costs.only(names)
     costs = expected.in_unit(usd)
-    utilities = policy.utilities(names, prediction.quality, costs, cost_quality=knob)[0].tolist()
-    quality = prediction.quality[0].tolist()
+    utilities = policy.utilities(names, quality, costs, cost_quality=knob)[0].tolist()
+    qualities = quality[0].tolist()
     candidates = tuple(
-        Candidate(names[j], quality[j], float(usd[0, j]), utilities[j])
+        Candidate(names[j], qualities[j], float(usd[0, j]), utilities[j])
         for j in order_by_utility(utilities, costs[0].tolist())
     )
     why = prediction.explanations[0]
+    width = options.top_k or policy.width([one.quality or 0.0 for one in candidates])
     return Decision(
         experts=tuple(candidate.expert for candidate in candidates),
-        width=policy.width([candidate.quality or 0.0 for candidate in candidates]),
-        route=request.model,
+        width=min(width, len(candidates)),
+        route=name,
         router=route.config.router,
         policy=policy.type,
-        strategy=route.strategy.name,
+        strategy=route.config.strategy.type,
         cost_quality=knob,
         candidates=candidates,
         excluded=excluded,
@@ -271,3 +296,16 @@ def _decision(
         fallback=why.fallback,
         detail=why.detail,
     )
+
+
+def _too_dear(
+    names: Sequence[str], usd: NDArray[np.float64], options: RoutingOptions
+) -> dict[str, str]:
+    """Experts that are expected to cost more than the request allows, each with the reason."""
+    if options.max_cost is None:
+        return {}
+    return {
+        name: f"an answer is expected to cost {cost:.3g} US dollars, more than max_cost"
+        for name, cost in zip(names, usd[0].tolist(), strict=True)
+        if cost > options.max_cost
+    }

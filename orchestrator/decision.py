@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Candidate", "Decision", "RequestContext", "new_decision_id"]
+from experts.types import Usage
+
+__all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
 
 
 def new_decision_id() -> str:
@@ -66,35 +68,79 @@ class Decision:
 
 
 @dataclass(slots=True)
+class Call:
+    """One expert asked for one thing.
+
+    Attributes:
+        expert: Its name.
+        purpose: What for: ``answer``, or what a strategy needs besides answers.
+        started: Moment on the monotonic clock when it was asked.
+        cost_usd: What it cost; what it is expected to cost while it is under way.
+        seconds: How long it took; none while it is under way.
+        usage: Its token counts, as far as they are known.
+        error: Name of the error it ended with; ``cancelled`` if nobody wanted the rest.
+    """
+
+    expert: str
+    purpose: str = "answer"
+    started: float = field(default_factory=time.monotonic)
+    cost_usd: float = 0.0
+    seconds: float | None = None
+    usage: Usage = field(default_factory=Usage)
+    error: str | None = None
+
+
+@dataclass(slots=True)
 class RequestContext:
     """What happens to one request on its way; strategies write, HTTP and telemetry read.
 
     Attributes:
         deadline: Moment on the monotonic clock, in seconds, when the request must be done.
-        path: Experts asked so far, in order.
+        max_cost_usd: US dollars that all calls together may cost; none sets no limit.
+        calls: Experts asked so far, in order.
         received: Moment on the monotonic clock when the request came.
-        asked: Moment when the first expert was asked.
         router_s: Seconds the router took.
+        answered_by: Whose answer is given, where that is not the expert asked last.
     """
 
     deadline: float
-    path: list[str] = field(default_factory=list)
+    max_cost_usd: float | None = None
+    calls: list[Call] = field(default_factory=list)
     received: float = field(default_factory=time.monotonic)
-    asked: float | None = None
     router_s: float = 0.0
+    answered_by: str | None = None
 
     @property
     def remaining_s(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def ask(self, expert: str) -> None:
-        """Note that an expert is being asked."""
-        self.path.append(expert)
-        if self.asked is None:
-            self.asked = time.monotonic()
+    @property
+    def path(self) -> list[str]:
+        """Experts asked so far, in order."""
+        return [call.expert for call in self.calls]
+
+    @property
+    def expert(self) -> str | None:
+        """Who answers: named by the strategy, else asked last; none before anybody was asked."""
+        return self.answered_by or (self.calls[-1].expert if self.calls else None)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all calls."""
+        return sum((call.usage for call in self.calls), Usage())
+
+    @property
+    def cost_usd(self) -> float:
+        """US dollars of all calls, what is under way as expected."""
+        return sum(call.cost_usd for call in self.calls)
+
+    def affords(self, usd: float) -> bool:
+        """Whether so many US dollars more keep to the limit."""
+        return self.max_cost_usd is None or self.cost_usd + usd <= self.max_cost_usd
 
     @property
     def overhead_ms(self) -> float:
         """Milliseconds between the request's arrival and the first expert being asked."""
-        return ((self.asked or time.monotonic()) - self.received) * 1000
+        asked = self.calls[0].started if self.calls else time.monotonic()
+        return (asked - self.received) * 1000

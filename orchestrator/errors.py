@@ -5,6 +5,7 @@ RequestError
 ├── AuthenticationError    no key, or a wrong one
 ├── UnknownModelError      no expert or route has this name
 ├── EmptyPoolError         no expert of the route can serve this request
+├── CostLimitError         the next call would cost more than the request may
 ├── BodyTooLargeError
 ├── BodyTimeoutError       the body did not arrive in time
 ├── ContentTypeError
@@ -21,6 +22,7 @@ __all__ = [
     "BodyTimeoutError",
     "BodyTooLargeError",
     "ContentTypeError",
+    "CostLimitError",
     "EmptyPoolError",
     "OverloadedError",
     "RequestError",
@@ -58,9 +60,9 @@ class AuthenticationError(RequestError):
 class UnknownModelError(RequestError):
     """No expert and no route has this name."""
 
-    def __init__(self, model: str, known: Iterable[str]) -> None:
+    def __init__(self, model: str, known: Iterable[str], param: str = "model") -> None:
         names = ", ".join(map(repr, known))
-        super().__init__(f"unknown model {model!r}; known: {names}", "model")
+        super().__init__(f"unknown {param} {model!r}; known: {names}", param)
 
 
 class EmptyPoolError(RequestError):
@@ -69,6 +71,17 @@ class EmptyPoolError(RequestError):
     def __init__(self, model: str, excluded: Mapping[str, str]) -> None:
         reasons = "; ".join(f"{expert}: {reason}" for expert, reason in excluded.items())
         super().__init__(f"no expert of {model!r} can serve this request ({reasons})", "model")
+
+
+class CostLimitError(RequestError):
+    """The next call would cost more than the request may."""
+
+    def __init__(self, expert: str, expected_usd: float, left_usd: float) -> None:
+        super().__init__(
+            f"asking {expert!r} is expected to cost {expected_usd:.3g} US dollars, and max_cost "
+            f"leaves {max(left_usd, 0):.3g}; raise max_cost or lower max_tokens",
+            "max_cost",
+        )
 
 
 class BodyTooLargeError(RequestError):

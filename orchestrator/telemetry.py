@@ -13,7 +13,6 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from experts.types import Usage
 from orchestrator.decision import Decision, RequestContext
 
 __all__ = ["CONTENT_TYPE_LATEST", "Telemetry"]
@@ -38,9 +37,15 @@ class Telemetry:
             ["model", "expert", "status"],
             registry=self.registry,
         )
-        self.fallbacks = Counter(
-            "collegium_fallbacks_total",
-            "Experts that failed before their first byte, so that another was asked.",
+        self.calls = Counter(
+            "collegium_expert_calls_total",
+            "Experts asked, by what for and how that ended: ok, an error's name, or cancelled.",
+            ["expert", "purpose", "outcome"],
+            registry=self.registry,
+        )
+        self.cost_usd = Counter(
+            "collegium_cost_usd_total",
+            "US dollars by the prices of the experts' cards.",
             ["expert"],
             registry=self.registry,
         )
@@ -102,17 +107,15 @@ class Telemetry:
     def first_chunk(self, context: RequestContext) -> None:
         """Note the time to the first piece."""
         elapsed_s = time.monotonic() - context.received
-        self.first_chunk_seconds.labels(context.path[-1]).observe(elapsed_s)
+        self.first_chunk_seconds.labels(context.expert or "").observe(elapsed_s)
 
-    def finished(
-        self, model: str, context: RequestContext, status: int, usage: Usage | None = None
-    ) -> None:
+    def finished(self, model: str, context: RequestContext, status: int) -> None:
         """Note the end of a request. ``status`` 499 means that the client left."""
-        expert = context.path[-1] if context.path else ""
+        expert = context.expert or ""
         self.requests.labels(model, expert, str(status)).inc()
         self.seconds.labels(expert).observe(time.monotonic() - context.received)
-        for failed in context.path[:-1]:
-            self.fallbacks.labels(failed).inc()
-        if usage is not None:
-            self.tokens.labels(expert, "prompt").inc(usage.prompt_tokens)
-            self.tokens.labels(expert, "completion").inc(usage.completion_tokens)
+        for call in context.calls:
+            self.calls.labels(call.expert, call.purpose, call.error or "ok").inc()
+            self.tokens.labels(call.expert, "prompt").inc(call.usage.prompt_tokens)
+            self.tokens.labels(call.expert, "completion").inc(call.usage.completion_tokens)
+            self.cost_usd.labels(call.expert).inc(call.cost_usd)

@@ -52,7 +52,7 @@ class StrategyRun:
         request = ChatRequest.model_validate(
             {"messages": [{"role": "user", "content": "hello"}], "stream": stream}
         )
-        decision = Decision(experts=tuple(self.experts), strategy=strategy.name)
+        decision = Decision(experts=tuple(self.experts), strategy=strategy.type)
         self.chunks: AsyncGenerator[Chunk, None] = strategy.run(
             request, decision, self.experts, self.context
         )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from orchestrator.config import parse_config
-from orchestrator.decision import Decision, RequestContext
+from orchestrator.decision import Call, Decision, RequestContext
 from orchestrator.http.generation import decision_headers
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_generated_parts_are_up_to_date():
 
 def test_every_response_header_is_documented():
     decision = Decision(experts=("a",), route="auto", category="maths", confidence=1.0)
-    context = RequestContext(deadline=0.0, path=["a"])
+    context = RequestContext(deadline=0.0, calls=[Call("a", cost_usd=0.1, seconds=1.0)])
     text = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
     missing = [h for h in decision_headers(decision, context, debug=True) if f"`{h}`" not in text]
     assert not missing

@@ -36,6 +36,15 @@ class Admission:
             raise OverloadedError(self.limit)
         self.in_flight += 1
 
+    def check_low_priority(self) -> None:
+        """Refuse a request that has entered, if half of the places are taken without it.
+
+        Raises:
+            OverloadedError: They are; whoever calls still has to call ``leave``.
+        """
+        if self.in_flight - 1 >= max(1, self.limit // 2):
+            raise OverloadedError(self.limit // 2)
+
     def leave(self) -> None:
         """A request is done."""
         self.in_flight -= 1

@@ -23,14 +23,8 @@ from orchestrator.http import errors, schemas
 from orchestrator.http.admission import Admission
 from orchestrator.http.body import parse_body
 from orchestrator.http.encoding import JSONBytes
-from orchestrator.http.generation import (
-    COST_QUALITY_HEADER,
-    DEBUG_HEADER,
-    Generation,
-    cost_quality_of,
-    decision_headers,
-)
-from orchestrator.http.requests import ChatBody, CompletionBody
+from orchestrator.http.generation import DEBUG_HEADER, Generation, decision_headers
+from orchestrator.http.requests import OPTION_HEADERS, ChatBody, CompletionBody, options_of
 from orchestrator.telemetry import CONTENT_TYPE_LATEST, Telemetry
 from orchestrator.version import version
 
@@ -93,11 +87,15 @@ def _parameter(name: str, schema: dict[str, Any], description: str) -> dict[str,
 
 
 _GENERATION_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 502, 503, 504)
-_KNOB = _parameter(
-    COST_QUALITY_HEADER,
-    {"type": "number", "minimum": 0, "maximum": 1},
-    "As the body's cost_quality, for clients that cannot add fields; the body goes first.",
-)
+_OPTIONS = [
+    _parameter(
+        header,
+        {"type": "string"},
+        f"As the body's {name}, for clients that cannot add fields; the body goes first."
+        + (" Several are separated by commas." if name == "allowed_models" else ""),
+    )
+    for header, name in OPTION_HEADERS.items()
+]
 _DEBUG = _parameter(
     DEBUG_HEADER, {"type": "string"}, "1 adds the whole decision as x-collegium-trace."
 )
@@ -138,7 +136,7 @@ class _RawRoute(APIRoute):
 
 
 def _add_generation(app: FastAPI, generation: Generation, keys: list[bytes]) -> None:
-    extra = {"parameters": [_KNOB, _DEBUG]}
+    extra = {"parameters": [*_OPTIONS, _DEBUG]}
     router = APIRouter(route_class=_RawRoute)
 
     @router.post(
@@ -174,7 +172,7 @@ def _add_route(
         summary="Decide who would answer, without asking",
         response_model=schemas.RouteBody,
         responses=_failures(400, 401, 404, 408, 413, 415, 429, 500),
-        openapi_extra={**_body(ChatBody), "parameters": [_KNOB]},
+        openapi_extra={**_body(ChatBody), "parameters": _OPTIONS},
     )
     async def route(http: Request) -> Response:
         _check_key(http, keys)
@@ -182,9 +180,7 @@ def _add_route(
             request = await parse_body(
                 http, ChatBody, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
             )
-            decision = await orchestrator.decide(
-                request, cost_quality=cost_quality_of(http, request)
-            )
+            decision = await orchestrator.decide(request, options=options_of(http, request))
         return JSONBytes(decision, headers=decision_headers(decision, None, debug=False))
 
 

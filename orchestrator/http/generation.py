@@ -18,30 +18,29 @@ from experts.errors import ExpertTimeoutError
 from experts.types import ChatRequest, Completion, Usage, collect
 from orchestrator.core import Orchestrator
 from orchestrator.decision import Decision, RequestContext
-from orchestrator.errors import BadRequestError
 from orchestrator.http.admission import Admission
 from orchestrator.http.body import parse_body
 from orchestrator.http.encoding import JSONBytes, encode
 from orchestrator.http.errors import error_object, error_response, status_of
 from orchestrator.http.openai_shapes import AnswerShape
-from orchestrator.http.requests import ChatBody, CompletionBody
+from orchestrator.http.requests import PREFIX, ChatBody, CompletionBody, options_of
 from orchestrator.http.streaming import (
     DONE,
     ClientLeft,
     EventStream,
     Feed,
+    comment,
     event,
     unless_client_leaves,
 )
+from orchestrator.options import RoutingOptions
 from orchestrator.telemetry import Telemetry
 
-__all__ = ["CLIENT_LEFT_STATUS", "Generation", "cost_quality_of", "decision_headers"]
+__all__ = ["CLIENT_LEFT_STATUS", "DEBUG_HEADER", "Generation", "decision_headers"]
 
 logger = logging.getLogger("collegium.http")
 
 CLIENT_LEFT_STATUS = 499
-PREFIX = "x-collegium-"
-COST_QUALITY_HEADER = PREFIX + "cost-quality"
 DEBUG_HEADER = PREFIX + "debug"
 
 # Experts keep the deadline themselves; one that does not is stopped this much later.
@@ -58,12 +57,15 @@ def decision_headers(
         "decision-id": decision.id,
         "route": decision.route,
         "policy": decision.policy,
+        "strategy": decision.strategy if decision.route else None,
         "category": decision.category,
         "confidence": None if decision.confidence is None else f"{decision.confidence:.4f}",
     }
     if context is not None:
-        values["model"] = context.path[-1] if context.path else None
+        values["model"] = context.expert
         values["path"] = ">".join(context.path) or None
+        if all(call.seconds is not None for call in context.calls):
+            values["cost"] = f"{context.cost_usd:.6g}"
         values["overhead-ms"] = f"{context.overhead_ms:.2f}"
     if debug:
         values["trace"] = encode(decision).decode()
@@ -75,23 +77,6 @@ def _header(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return _CONTROL_CHARACTERS.sub(" ", text).encode("ascii", "backslashreplace").decode()
-
-
-def cost_quality_of(http: Request, body: ChatBody | CompletionBody) -> float | None:
-    """The request's own cost-quality knob, if it sends one; the body's goes before the header's."""
-    text = http.headers.get(COST_QUALITY_HEADER)
-    if text is None:
-        return body.cost_quality
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 1:
-        raise BadRequestError(
-            f"{COST_QUALITY_HEADER}: must be a number from 0 to 1, got {text!r}",
-            COST_QUALITY_HEADER,
-        )
-    return value if body.cost_quality is None else body.cost_quality
 
 
 @dataclass(slots=True)
@@ -109,11 +94,20 @@ class _Turn:
     usage: Usage | None = None
     ended: bool = False
 
+    def limit(self, options: RoutingOptions) -> None:
+        """Keep to the request's own deadline and cost limit."""
+        if options.deadline_ms is not None:
+            own = self.context.received + options.deadline_ms / 1000
+            self.context.deadline = min(self.context.deadline, own)
+        self.context.max_cost_usd = options.max_cost
+
     @property
     def model(self) -> str:
         """What the request asked for."""
         # Names nobody defined must not become label values: anyone could make up millions.
-        return self.request.model if self.request and self.decision else ""
+        if self.request is None or self.decision is None:
+            return ""
+        return self.decision.route or self.request.model
 
 
 class Generation:
@@ -168,7 +162,7 @@ class Generation:
             return
         turn.ended = True
         self._admission.leave()
-        self._telemetry.finished(turn.model, turn.context, turn.status, turn.usage)
+        self._telemetry.finished(turn.model, turn.context, turn.status)
 
     async def _answer(
         self, http: Request, model: type[ChatBody] | type[CompletionBody], turn: _Turn
@@ -177,9 +171,15 @@ class Generation:
         turn.request = request = await parse_body(
             http, model, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
         )
+        options = options_of(http, request)
+        turn.limit(options)
+        if options.priority == "low":
+            self._admission.check_low_priority()
         turn.decision = decision = await self._orchestrator.decide(
-            request, cost_quality=cost_quality_of(http, request), context=turn.context
+            request, options=options, context=turn.context
         )
+        if decision.route is None and request.top_k is not None and request.model_extra is not None:
+            request.model_extra["top_k"] = request.top_k
         self._telemetry.decided(decision, turn.context)
         begin = self._stream if request.stream else self._plain
         return await begin(http, request, decision, turn)
@@ -188,7 +188,7 @@ class Generation:
         self, http: Request, request: AnyRequest, decision: Decision, turn: _Turn
     ) -> Response:
         completion = await unless_client_leaves(http, self._collected(request, decision, turn))
-        turn.status, turn.usage = 200, completion.usage
+        turn.status = 200
         body = self._shape(request, turn).whole(completion)
         return JSONBytes(body, headers=self._headers(http, decision, turn))
 
@@ -221,6 +221,7 @@ class Generation:
     ) -> AsyncGenerator[bytes, None]:
         """The answer's events. Errors are raised up to the first event, and an event later."""
         shape: AnswerShape | None = None
+        waiting = False
         try:
             async with (
                 asyncio.timeout(turn.context.remaining_s + GRACE_S),
@@ -228,6 +229,10 @@ class Generation:
             ):
                 begun: set[int] = set()
                 async for chunk in chunks:
+                    if chunk.progress is not None:
+                        waiting = True
+                        yield comment(chunk.progress)
+                        continue
                     if shape is None:
                         self._telemetry.first_chunk(turn.context)
                         shape = self._shape(request, turn)
@@ -245,7 +250,7 @@ class Generation:
         except Exception as error:
             shown = self._late(decision, turn) if isinstance(error, TimeoutError) else error
             turn.status = status_of(shown)
-            if shape is None:
+            if shape is None and not waiting:
                 raise shown from (None if shown is error else error)
             logger.error("stream broke off (%s)", decision.id, exc_info=error)
             yield event(encode(error_object(shown, decision.id)))
@@ -253,13 +258,14 @@ class Generation:
             self._end(turn)
 
     def _late(self, decision: Decision, turn: _Turn) -> ExpertTimeoutError:
-        name = (turn.context.path or decision.experts)[-1]
-        return ExpertTimeoutError(name, self._limits.timeout_s)
+        context = turn.context
+        name = context.expert or decision.experts[0]
+        return ExpertTimeoutError(name, round(context.deadline - context.received, 3))
 
     def _shape(self, request: AnyRequest, turn: _Turn) -> AnswerShape:
         return AnswerShape(
             chat=isinstance(request, ChatRequest),
-            model=turn.context.path[-1],
+            model=turn.context.expert or "",
             fingerprint=self._fingerprint,
         )
 

@@ -1,31 +1,56 @@
-"""Bodies of requests: OpenAI's, and what Collegium adds to them."""
+"""Bodies of requests: OpenAI's, and what Collegium adds to them; the same options in headers."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError
+from starlette.requests import Request
 
 from experts.types import ChatRequest, CompletionRequest
+from orchestrator.errors import BadRequestError
+from orchestrator.options import RoutingOptions
 
-__all__ = ["ChatBody", "CompletionBody"]
+__all__ = ["OPTION_HEADERS", "PREFIX", "ChatBody", "CompletionBody", "options_of"]
 
+PREFIX = "x-collegium-"
 
-class _RoutingOptions(BaseModel):
-    """What a request may say of its routing.
-
-    Fields are excluded from dumps: they are ours, and must not travel on to an expert's API.
-    """
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    cost_quality: Annotated[float | None, Field(ge=0, le=1, exclude=True)] = None
-    """0 takes the cheapest expert, 1 the best; instead of the route's own setting."""
+# Header to the option it sets.
+OPTION_HEADERS = {PREFIX + name.replace("_", "-"): name for name in RoutingOptions.model_fields}
 
 
-class ChatBody(ChatRequest, _RoutingOptions):
+class ChatBody(ChatRequest, RoutingOptions):
     """Body of ``POST /v1/chat/completions`` and of ``POST /v1/route``."""
 
 
-class CompletionBody(CompletionRequest, _RoutingOptions):
+class CompletionBody(CompletionRequest, RoutingOptions):
     """Body of ``POST /v1/completions``."""
+
+
+def options_of(http: Request, body: RoutingOptions) -> RoutingOptions:
+    """The request's routing options; the body's go before the headers'.
+
+    Raises:
+        BadRequestError: A header's value is wrong.
+    """
+    given = _from_headers(http.headers)
+    if not given:
+        return body
+    try:
+        return body.or_else(RoutingOptions.model_validate(given))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        option = str(problem["loc"][0])
+        header = PREFIX + option.replace("_", "-")
+        raise BadRequestError(
+            f"{header}: {problem['msg']}, got {http.headers[header]!r}", header
+        ) from None
+
+
+def _from_headers(headers: Mapping[str, str]) -> dict[str, str | list[str]]:
+    found: dict[str, str | list[str]] = {}
+    for header, name in OPTION_HEADERS.items():
+        if (text := headers.get(header)) is not None:
+            listed = [part.strip() for part in text.split(",")]
+            found[name] = listed if name == "allowed_models" else text.strip()
+    return found

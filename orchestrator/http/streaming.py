@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["DONE", "ClientLeft", "EventStream", "Feed", "event", "unless_client_leaves"]
+__all__ = ["DONE", "ClientLeft", "EventStream", "Feed", "comment", "event", "unless_client_leaves"]
 
 Result = TypeVar("Result")
 
@@ -25,6 +25,11 @@ class ClientLeft(Exception):
 def event(json: bytes) -> bytes:
     """One server-sent event."""
     return b"data: " + json + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A line that clients skip and that keeps proxies from giving up."""
+    return b": " + " ".join(text.split()).encode() + b"\n\n"
 
 
 async def _left(receive: Receive) -> None:

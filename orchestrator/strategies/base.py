@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
 
 from experts.base import AnyRequest, Expert
 from experts.types import Chunk
 from orchestrator.decision import Decision, RequestContext
+from orchestrator.strict import StrictModel
 
 __all__ = ["Strategy"]
 
 
-class Strategy(Protocol):
-    """Executes a decision. One instance serves many requests at the same time."""
+class Strategy(StrictModel):
+    """Executes a decision. One instance serves many requests at the same time.
 
-    name: str
+    A strategy is its own config: fields are what a route's ``strategy`` may set.
+    """
+
+    type: str
+    """Which kind of strategy."""
+
+    @property
+    def named_experts(self) -> tuple[str, ...]:
+        """Experts the strategy speaks of, such as a judge; they need not be the route's."""
+        return ()
 
     def run(
         self,
@@ -26,10 +35,18 @@ class Strategy(Protocol):
     ) -> AsyncGenerator[Chunk, None]:
         """Answer the request.
 
-        Calls ``context.ask`` before it asks an expert, so that the path is known when the first
-        chunk arrives. Closing the iterator closes the experts' streams.
+        Asks through ``orchestrator.strategies.calls`` only, which keeps deadline and cost limit and
+        notes who was asked. Whose answer is given is settled before the first chunk leaves, for
+        headers name it. Closing the iterator closes all experts' streams.
+
+        Args:
+            request: What to answer.
+            decision: Experts in the order in which they are expected to be worth it.
+            experts: By name; those of the decision and ``named_experts`` at least.
+            context: The request's deadline and cost limit; takes note of every call.
 
         Raises:
             ExpertError: Nobody could answer, or an expert failed after its first chunk.
+            CostLimitError: The limit leaves no answer.
         """
-        ...
+        raise NotImplementedError

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from typing import Literal
 
 from experts.base import AnyRequest, Expert
-from experts.errors import ExpertTimeoutError
 from experts.types import Chunk
 from orchestrator.decision import Decision, RequestContext
+from orchestrator.strategies.base import Strategy
+from orchestrator.strategies.calls import stream_one
 
-__all__ = ["SingleStrategy", "stream_one"]
-
-
-async def stream_one(
-    name: str, request: AnyRequest, experts: Mapping[str, Expert], context: RequestContext
-) -> AsyncGenerator[Chunk, None]:
-    """Stream one expert's answer within the request's deadline, noting it in the path."""
-    timeout_s = round(context.remaining_s, 3)  # whole milliseconds read better in errors
-    if timeout_s <= 0:
-        raise ExpertTimeoutError(name, 0.0)
-    context.ask(name)
-    async with aclosing(experts[name].stream(request, timeout_s=timeout_s)) as stream:
-        async for chunk in stream:
-            yield chunk
+__all__ = ["SingleStrategy"]
 
 
-class SingleStrategy:
+class SingleStrategy(Strategy):
     """The first expert answers, or nobody."""
 
-    name = "single"
+    type: Literal["single"] = "single"
+    """Which kind of strategy."""
 
     def run(
         self,

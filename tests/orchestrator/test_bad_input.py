@@ -51,6 +51,15 @@ SHARED = [
     ("stop of numbers", {"stop": ["a", 5]}, "stop.1"),
     *wrong_values("user", 5, True, [], {}),
     *wrong_values("cost_quality", -0.1, 1.1, "1", True, [], {}, 10**400),
+    *wrong_values("route", 5, True, [], "x" * 129),
+    *wrong_values("max_cost", -1, "1", True, [], 10**400),
+    *wrong_values("allowed_models", "small", [], {}, ["a"] * 65),
+    ("allowed_models of numbers", {"allowed_models": ["a", 5]}, "allowed_models.1"),
+    *wrong_values("min_quality", -0.1, 1.1, "1", []),
+    *wrong_values("top_k", 0, -1, 1.5, "2", True),
+    *wrong_values("deadline_ms", 0, -1, 1.5, "5", True),
+    *wrong_values("priority", "urgent", 1, []),
+    *wrong_values("session_id", "", 5, [], "x" * 257),
 ]
 
 WRONG_LISTS: list[list[Any]] = [[None], ["a"], [5], [[]]]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from experts.errors import ExpertUnavailableError
 from experts.types import collect
@@ -13,6 +14,7 @@ from orchestrator.config import ConfigError, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.options import RoutingOptions
 from routers.base import Explanation, Prediction, Query, RouterError
 from tests.orchestrator.support import (
     build,
@@ -50,15 +52,66 @@ async def test_routes_differ_by_their_policy(orchestrator):
 
 
 async def test_a_request_may_bring_its_own_knob(orchestrator):
-    decision = await orchestrator.decide(chat_request(), cost_quality=0.0)
+    decision = await orchestrator.decide(chat_request(), options=RoutingOptions(cost_quality=0.0))
     assert decision.experts[0] == "small"
     assert decision.cost_quality == 0
 
 
 @pytest.mark.parametrize("knob", [-0.1, 1.1, float("nan")])
-async def test_a_knob_out_of_range_is_refused(orchestrator, knob):
-    with pytest.raises(BadRequestError, match="cost_quality must be from 0 to 1"):
-        await orchestrator.decide(chat_request(), cost_quality=knob)
+def test_a_knob_out_of_range_is_refused(knob):
+    with pytest.raises(ValidationError, match="cost_quality"):
+        RoutingOptions(cost_quality=knob)
+
+
+async def test_a_request_may_name_its_experts(orchestrator):
+    options = RoutingOptions(allowed_models=["s*", "medium"])
+    decision = await orchestrator.decide(chat_request(), options=options)
+    assert decision.experts == ("medium", "small")
+    assert decision.excluded["large"] == "allowed_models does not name it"
+    with pytest.raises(EmptyPoolError, match="large: allowed_models does not name it"):
+        await orchestrator.decide(chat_request(), options=RoutingOptions(allowed_models=["x*"]))
+    with pytest.raises(EmptyPoolError, match="allowed_models"):
+        await orchestrator.decide(chat_request(model="large"), options=options)
+
+
+async def test_a_request_may_bring_its_own_route(orchestrator):
+    options = RoutingOptions(route="auto-cheap")
+    for model in ("auto", "large", "gpt-5"):
+        decision = await orchestrator.decide(chat_request(model=model), options=options)
+        assert (decision.route, decision.experts[0]) == ("auto-cheap", "small")
+    with pytest.raises(UnknownModelError, match="unknown route 'large'"):
+        await orchestrator.decide(chat_request(), options=RoutingOptions(route="large"))
+
+
+async def test_a_request_may_limit_its_cost(orchestrator):
+    found = await orchestrator.decide(chat_request())
+    costs = {one.expert: one.cost_usd for one in found.candidates}
+    options = RoutingOptions(max_cost=costs["medium"])
+    decision = await orchestrator.decide(chat_request(), options=options)
+    assert decision.experts == ("medium", "small")
+    assert "more than max_cost" in decision.excluded["large"]
+    nothing = RoutingOptions(max_cost=0.0)
+    for model in ("auto", "large"):
+        with pytest.raises(EmptyPoolError, match="more than max_cost"):
+            await orchestrator.decide(chat_request(model=model), options=nothing)
+
+
+async def test_a_request_may_want_some_quality(orchestrator):
+    found = await orchestrator.decide(chat_request())
+    middle = found.candidates[1].quality
+    options = RoutingOptions(min_quality=middle, cost_quality=0.0)
+    decision = await orchestrator.decide(chat_request(), options=options)
+    assert decision.experts == ("medium", "large")
+    with pytest.raises(EmptyPoolError, match="below min_quality"):
+        await orchestrator.decide(chat_request(), options=RoutingOptions(min_quality=1.0))
+
+
+async def test_a_request_may_say_how_many_shall_answer(orchestrator):
+    for wanted, width in ((1, 1), (2, 2), (16, 3)):
+        options = RoutingOptions(top_k=wanted)
+        assert (await orchestrator.decide(chat_request(), options=options)).width == width
+    with pytest.raises(BadRequestError, match="top_k: how many experts"):
+        await orchestrator.decide(chat_request(), options=RoutingOptions(top_k=17))
 
 
 async def test_a_token_limit_bounds_the_expected_cost(orchestrator):
@@ -83,7 +136,7 @@ async def test_a_slow_expert_is_left_out_and_the_reason_shown():
     assert decision.experts == ("medium", "small")
     assert decision.excluded == {"large": "an answer typically takes 4 s, more than 2"}
     # Compared as if they were all there are: the dearest that is left costs 1.
-    knob = await found.decide(chat_request(), cost_quality=0.5)
+    knob = await found.decide(chat_request(), options=RoutingOptions(cost_quality=0.5))
     assert knob.candidates[-1].utility == pytest.approx(0.5 * 0.7 - 0.5)
 
 
@@ -93,7 +146,8 @@ async def test_a_budget_charges_for_cost():
     decision = await found.decide(chat_request())
     assert decision.policy == "budget"
     assert decision.experts[0] == "medium"
-    assert (await found.decide(chat_request(), cost_quality=0.0)).experts[0] == "small"
+    cheapest = await found.decide(chat_request(), options=RoutingOptions(cost_quality=0.0))
+    assert cheapest.experts[0] == "small"
 
 
 async def test_the_unit_of_cost_does_not_depend_on_who_can_answer():

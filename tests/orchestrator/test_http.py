@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import re
+import time
 
 import httpx
 import pytest
@@ -186,6 +187,78 @@ async def test_the_field_goes_before_the_header():
         assert (response.json().get("experts") or [response.json()["model"]])[0] == "small"
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "answered"),
+    [
+        ("route", "auto-cheap", "small"),
+        ("allowed_models", ["s*", "medium"], "medium"),
+        ("max_cost", 0.0006, "medium"),
+        ("min_quality", 0.85, "large"),
+        ("top_k", 2, "large"),
+        ("deadline_ms", 60_000, "large"),
+        ("priority", "low", "large"),
+        ("session_id", "one", "large"),
+    ],
+)
+async def test_options_come_in_the_body_or_in_a_header_and_go_to_no_expert(option, value, answered):
+    orchestrator = build(parse_config(config_content()))
+    http = client(orchestrator)
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    header = {"x-collegium-" + option.replace("_", "-"): text}
+    for response in (
+        await http.post(CHAT, json=chat_body(**{option: value})),
+        await http.post(CHAT, json=chat_body(), headers=header),
+    ):
+        assert response.status_code == 200, response.text
+        assert response.json()["model"] == answered
+        assert option not in expert(orchestrator, answered).requests[-1].model_dump()
+
+
+async def test_a_wrong_header_is_named():
+    for header, text in (("max-cost", "much"), ("top-k", "0"), ("priority", "urgent")):
+        headers = {"x-collegium-" + header: text}
+        response = await service().post(CHAT, json=chat_body(), headers=headers)
+        error = response.json()["error"]
+        assert response.status_code == 400
+        assert error["param"] == "x-collegium-" + header
+        assert text in error["message"]
+
+
+async def test_a_named_expert_gets_top_k_as_its_sampling_parameter():
+    orchestrator = build(parse_config(config_content()))
+    await client(orchestrator).post(CHAT, json=chat_body(model="large", top_k=40))
+    assert expert(orchestrator, "large").requests[-1].model_dump()["top_k"] == 40
+
+
+async def test_a_request_may_be_in_a_hurry():
+    http = service(large={"delay_s": 30}, medium={"delay_s": 30}, small={"delay_s": 30})
+    started = time.monotonic()
+    response = await http.post(CHAT, json=chat_body(deadline_ms=50))
+    assert response.status_code == 504
+    assert time.monotonic() - started < 2
+
+
+async def test_plain_answers_say_what_they_cost():
+    http = service(large={"error": "unavailable"})
+    response = await http.post(CHAT, json=chat_body())
+    assert response.headers["x-collegium-path"] == "large>medium"
+    assert float(response.headers["x-collegium-cost"]) > 0
+    assert response.headers["x-collegium-strategy"] == "fallback"
+
+
+async def test_low_priority_is_refused_when_half_of_the_places_are_taken():
+    limits = {"limits": {"max_in_flight": 2}}
+    http = client(build(config_with_rules({"large": {"delay_s": 0.5}}, server=limits)))
+    slow = asyncio.ensure_future(http.post(CHAT, json=chat_body()))
+    await asyncio.sleep(0.1)
+    low = await http.post(CHAT, json=chat_body(model="small", priority="low"))
+    assert low.status_code == 429
+    assert low.headers["retry-after"]
+    assert (await http.post(CHAT, json=chat_body(model="small"))).status_code == 200
+    assert (await slow).status_code == 200
+    assert (await http.post(CHAT, json=chat_body(priority="low"))).status_code == 200
+
+
 async def test_route_decides_without_asking_anybody():
     orchestrator = build(parse_config(config_content()))
     response = await client(orchestrator).post(ROUTE, json=chat_body())
@@ -222,9 +295,9 @@ async def test_log_probabilities_reach_the_client():
 
 async def test_unknown_fields_reach_the_expert():
     orchestrator = build(parse_config(config_content()))
-    await client(orchestrator).post(CHAT, json=chat_body(top_k=5, chat_template_kwargs={"a": [1]}))
+    await client(orchestrator).post(CHAT, json=chat_body(min_p=5, chat_template_kwargs={"a": [1]}))
     request = expert(orchestrator, "large").requests[0]
-    assert request.model_extra == {"top_k": 5, "chat_template_kwargs": {"a": [1]}}
+    assert request.model_extra == {"min_p": 5, "chat_template_kwargs": {"a": [1]}}
 
 
 async def test_null_means_the_default():
@@ -427,7 +500,9 @@ async def test_metrics_count_requests_tokens_and_fallbacks():
     finished = 'collegium_requests_total{expert="medium",model="auto",status="200"}'
     assert metric(page, finished) == 2
     assert metric(page, 'collegium_requests_total{expert="",model="",status="404"}') == 1
-    assert metric(page, 'collegium_fallbacks_total{expert="large"}') == 2
+    calls = 'collegium_expert_calls_total{expert="%s",outcome="%s",purpose="answer"}'
+    assert metric(page, calls % ("large", "ExpertUnavailableError")) == 2
+    assert metric(page, calls % ("medium", "ok")) == 2
     assert metric(page, 'collegium_tokens_total{expert="medium",kind="completion"}') == 10
     assert metric(page, 'collegium_first_chunk_seconds_count{expert="medium"}') == 1
     assert metric(page, "collegium_router_seconds_count") == 2
@@ -438,7 +513,8 @@ async def test_metrics_have_exactly_these_names():
     names = set(re.findall(r"^# HELP (\S+)", page, re.MULTILINE))
     assert {name for name in names if not name.endswith("_created")} == {
         "collegium_requests_total",
-        "collegium_fallbacks_total",
+        "collegium_expert_calls_total",
+        "collegium_cost_usd_total",
         "collegium_tokens_total",
         "collegium_in_flight_requests",
         "collegium_request_seconds",

@@ -20,6 +20,7 @@ from experts.types import ChatRequest
 from orchestrator.config import parse_config
 from orchestrator.http import schemas
 from orchestrator.http.app import create_app
+from orchestrator.options import RoutingOptions
 from tests.orchestrator.support import (
     CHAT,
     ROUTE,
@@ -124,7 +125,7 @@ def test_nothing_is_documented_that_nothing_refers_to():
 
 def test_request_fields_are_described():
     fields = APP.openapi()["components"]["schemas"]["ChatBody"]["properties"]
-    assert set(fields) == {*ChatRequest.model_fields, "cost_quality"}
+    assert set(fields) == {*ChatRequest.model_fields, *RoutingOptions.model_fields}
     assert all(field.get("description") for field in fields.values())
 
 

@@ -11,7 +11,7 @@ from orchestrator.testing import StrategyCheck, StrategyRun, scripted, strategy_
 STRATEGIES: list[Strategy] = [SingleStrategy(), FallbackStrategy()]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.type)
 @pytest.mark.parametrize("check", strategy_checks(), ids=lambda check: check.__name__)
 async def test_strategy_passes_the_battery(strategy: Strategy, check: StrategyCheck):
     await check(strategy)
