@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "route": ("orchestrator.ask_cli:route_command", "Show who would answer, and why."),
     "train": ("routers.cli:train_command", "Fit a router, or fine-tune an adapter."),
     "update": ("routers.update_cli:update_command", "Add models or rows to a trained router."),
+    "release": ("routers.release_cli:release_command", "Swap a running service's router, or back."),
     "evaluate": ("evals.evaluate_cli:evaluate_command", "Judge routers on an outcome table."),
     "calibrate": ("evals.calibrate_cli:calibrate_command", "Fit a policy to a budget or a share."),
     "collect": ("evals.cli:collect_command", "Run experts on tasks: an outcome table."),

@@ -60,7 +60,11 @@ class ArtefactRouterConfig(StrictModel):
     type: Literal["artefact"] = "artefact"
     """Which kind of router."""
     path: str = Field(min_length=1)
-    """The artefact folder: a path, relative ones to the config file, or ``package:NAME/FOLDER``."""
+    """The artefact folder: a path, relative ones to the config file, or ``package:NAME/FOLDER``; or
+    a folder of releases (``collegium release``), whose release in use is taken up while the service
+    runs."""
+    reload_s: float = Field(default=5.0, gt=0)
+    """Seconds between two looks for a new release."""
 
 
 class StaticRouterConfig(StrictModel):

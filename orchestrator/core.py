@@ -26,6 +26,7 @@ from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelErr
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
+from orchestrator.release_watch import ReleaseWatch
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
@@ -54,6 +55,7 @@ class _Route:
     experts: tuple[str, ...]
     excluded: Mapping[str, str]
     costs: ExpectedCosts
+    release: str | None
 
 
 def load_routers(config: CollegiumConfig) -> dict[str, Router]:
@@ -75,8 +77,9 @@ def _load_router(entry: ArtefactRouterConfig | StaticRouterConfig) -> Router:
     if isinstance(entry, StaticRouterConfig):
         return StaticRouter(entry.quality)
     from routers.registry import load_router
+    from routers.releases import current_release
 
-    return load_router(resolve_path(entry.path))
+    return load_router(current_release(resolve_path(entry.path)))
 
 
 class Orchestrator:
@@ -100,13 +103,29 @@ class Orchestrator:
         self.config = config
         self.cards = config.cards()
         self.experts = experts
+        self._releases = ReleaseWatch(config, self._take_up)
         self.routes = {
-            name: _build_route(name, route, routers[route.router], self.cards)
+            name: _build_route(
+                name,
+                route,
+                routers[route.router],
+                self.cards,
+                self._releases.in_use.get(route.router),
+            )
             for name, route in config.routes.items()
         }
         self._named_costs = {n: ExpectedCosts.of([card]) for n, card in self.cards.items()}
         self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
         self._single = SingleStrategy()
+
+    def _take_up(self, name: str, router: Router, release: str) -> None:
+        """Use a router in the place of another; requests under way keep the one they began with."""
+        changed = {
+            route_name: _build_route(route_name, route, router, self.cards, release)
+            for route_name, route in self.config.routes.items()
+            if route.router == name
+        }
+        self.routes = {**self.routes, **changed}
 
     async def decide(
         self,
@@ -132,6 +151,7 @@ class Orchestrator:
         if not has_content(request):
             field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
+        self._releases.look()
         options = options or RoutingOptions()
         if options.route is None and request.model in self.cards:
             return self._decide_named(request, options)
@@ -211,7 +231,11 @@ async def _check_health(name: str, expert: Expert) -> None:
 
 
 def _build_route(
-    name: str, route: RouteConfig, router: Router, cards: Mapping[str, ExpertCard]
+    name: str,
+    route: RouteConfig,
+    router: Router,
+    cards: Mapping[str, ExpertCard],
+    release: str | None,
 ) -> _Route:
     experts = route.experts or tuple(card for card in cards if card in router.models)
     wanted = dict.fromkeys((*experts, *route.policy.named_experts))
@@ -239,7 +263,7 @@ def _build_route(
     able = [cards[expert] for expert in allowed]
     unit = cost_unit(route.policy.cost, able, measured)
     costs = ExpectedCosts.of(able, measured, unit)
-    return _Route(route, router, allowed, excluded, costs)
+    return _Route(route, router, allowed, excluded, costs, release)
 
 
 def _decision(
@@ -286,6 +310,7 @@ def _decision(
         width=min(width, len(candidates)),
         route=name,
         router=route.config.router,
+        router_release=route.release,
         policy=policy.type,
         strategy=route.config.strategy.type,
         cost_quality=knob,

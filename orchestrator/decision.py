@@ -42,6 +42,7 @@ class Decision:
         experts: Names, best first.
         width: How many of them shall answer, for strategies that compose several answers.
         route: The route asked for; none if an expert was named.
+        router_release: Which release of the router, where it has releases.
         policy: Name of the policy; ``named`` if an expert was named.
         candidates: Every expert that could serve the request, best first.
         excluded: Experts of the route that could not, each with the reason.
@@ -55,6 +56,7 @@ class Decision:
     width: int = 1
     route: str | None = None
     router: str | None = None
+    router_release: str | None = None
     policy: str = "named"
     strategy: str = "single"
     cost_quality: float | None = None

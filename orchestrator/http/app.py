@@ -186,40 +186,44 @@ def _add_route(
 
 def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> None:
     created = int(time.time())
-    entries = {
-        **{
-            name: schemas.ModelEntry(
-                id=name,
-                created=created,
-                kind="route",
-                description=route.config.description,
-                experts=list(route.experts),
-            )
-            for name, route in orchestrator.routes.items()
-        },
-        **{
-            name: schemas.ModelEntry(
-                id=name,
-                created=created,
-                kind="expert",
-                description=card.description,
-                card=card.model_dump(mode="json"),
-            )
-            for name, card in orchestrator.cards.items()
-        },
-    }
+
+    def entries() -> dict[str, schemas.ModelEntry]:
+        # Not once for all: a new release of a router may know other experts.
+        return {
+            **{
+                name: schemas.ModelEntry(
+                    id=name,
+                    created=created,
+                    kind="route",
+                    description=route.config.description,
+                    experts=list(route.experts),
+                )
+                for name, route in orchestrator.routes.items()
+            },
+            **{
+                name: schemas.ModelEntry(
+                    id=name,
+                    created=created,
+                    kind="expert",
+                    description=card.description,
+                    card=card.model_dump(mode="json"),
+                )
+                for name, card in orchestrator.cards.items()
+            },
+        }
 
     @app.get("/v1/models", summary="List experts and routes", responses=_failures(401))
     async def list_models(http: Request) -> schemas.ModelList:
         _check_key(http, keys)
-        return schemas.ModelList(data=list(entries.values()))
+        return schemas.ModelList(data=list(entries().values()))
 
     @app.get("/v1/models/{id}", summary="Show one expert or route", responses=_failures(401, 404))
     async def show_model(http: Request, id: str) -> schemas.ModelEntry:
         _check_key(http, keys)
-        if id not in entries:
-            raise UnknownModelError(id, entries)
-        return entries[id]
+        known = entries()
+        if id not in known:
+            raise UnknownModelError(id, known)
+        return known[id]
 
 
 def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemetry) -> None:

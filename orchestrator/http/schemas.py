@@ -190,6 +190,7 @@ class RouteBody(_Shape):
     """How many of them shall answer, for strategies that compose several answers."""
     route: str | None
     router: str | None
+    router_release: str | None
     policy: str
     strategy: str
     cost_quality: float | None

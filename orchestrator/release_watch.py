@@ -1,0 +1,82 @@
+"""Taking up new releases of routers while the service runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from experts.paths import resolve_path
+from orchestrator.config import ArtefactRouterConfig, CollegiumConfig, ConfigError
+from routers.base import Router, RouterError
+
+__all__ = ["ReleaseWatch"]
+
+logger = logging.getLogger("collegium.releases")
+
+
+class ReleaseWatch:
+    """Looks for new releases, at most once per router and ``reload_s``, and only while asked to.
+
+    A request never waits for it: loading runs in a thread, and requests under way go on with the
+    router they began with. A release that cannot be used is logged once and left.
+
+    Args:
+        config: Where routers come from.
+        take_up: Called in a thread with a router's name, the router and its release; raises a
+            ConfigError if the router does not go with the config.
+
+    Attributes:
+        in_use: Release in use by router, of those that have releases.
+    """
+
+    def __init__(
+        self, config: CollegiumConfig, take_up: Callable[[str, Router, str], None]
+    ) -> None:
+        from routers.releases import CURRENT, current_release
+
+        self._take_up = take_up
+        self._folders: dict[str, tuple[Path, float]] = {}
+        self._seen: dict[str, str] = {}
+        for name, entry in config.routers.items():
+            if isinstance(entry, ArtefactRouterConfig):
+                folder = resolve_path(entry.path)
+                if (folder / CURRENT).is_file():
+                    self._folders[name] = folder, entry.reload_s
+                    self._seen[name] = current_release(folder).name
+        self.in_use = dict(self._seen)
+        self._looked = dict.fromkeys(self._folders, time.monotonic())
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def look(self) -> None:
+        """Begin to look, where it is time to; returns at once."""
+        now = time.monotonic()
+        for name, (_, reload_s) in self._folders.items():
+            if now - self._looked[name] >= reload_s:
+                # Not before the last look is over, however long loading takes.
+                self._looked[name] = float("inf")
+                task = asyncio.ensure_future(self._look(name))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _look(self, name: str) -> None:
+        try:
+            await asyncio.to_thread(self._reload, name)
+        except (RouterError, ConfigError, OSError) as error:
+            logger.error("router %s keeps release %s: %s", name, self.in_use[name], error)
+        finally:
+            self._looked[name] = time.monotonic()
+
+    def _reload(self, name: str) -> None:
+        from routers.registry import load_router
+        from routers.releases import current_release
+
+        path = current_release(self._folders[name][0])
+        if path.name == self._seen[name]:
+            return
+        self._seen[name] = path.name
+        self._take_up(name, load_router(path), path.name)
+        self.in_use[name] = path.name
+        logger.info("router %s now uses release %s", name, path.name)
