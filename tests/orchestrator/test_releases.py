@@ -31,11 +31,11 @@ def service(folder) -> Orchestrator:
     return build(parse_config({"experts": experts, "routers": routers, "routes": routes}))
 
 
-async def first_expert(orchestrator) -> str:
+async def first_expert(orchestrator: Orchestrator) -> str:
     return (await orchestrator.decide(chat_request())).experts[0]
 
 
-async def until(orchestrator, expert: str) -> None:
+async def until(orchestrator: Orchestrator, expert: str) -> None:
     async with asyncio.timeout(5):
         while await first_expert(orchestrator) != expert:
             await asyncio.sleep(0.01)
