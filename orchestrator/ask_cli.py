@@ -5,25 +5,45 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import click
 import httpx
+from pydantic import ValidationError
 
 from orchestrator.config import load_config
 from orchestrator.decision import Decision
 from orchestrator.errors import RequestError
+from orchestrator.http.requests import PREFIX, option_header
 from orchestrator.options import RoutingOptions
 
 __all__ = ["ask_command", "route_command"]
 
-PREFIX = "x-collegium-"
-_KNOB = click.option(
-    "--cost-quality",
-    type=click.FloatRange(0, 1),
-    help="0 takes the cheapest expert, 1 the best; by default as the route is configured.",
-)
+
+def _routing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """All routing options of a request as options of a command."""
+    for name, field in reversed(RoutingOptions.model_fields.items()):
+        text = " ".join((field.description or "").replace("``", "").split())
+        listed = " Several are separated by commas." if name == "allowed_models" else ""
+        flag = "--" + name.replace("_", "-")
+        command = click.option(flag, name, metavar="VALUE", help=text + listed)(command)
+    return command
+
+
+def _checked(given: Mapping[str, str | None]) -> dict[str, str]:
+    """The routing options that were given; a wrong one is the user's error."""
+    texts = {name: value for name, value in given.items() if value is not None}
+    try:
+        RoutingOptions.from_texts(texts)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        name = str(problem["loc"][0])
+        raise click.BadParameter(
+            f"{problem['msg']}, got {texts[name]!r}", param_hint="--" + name.replace("_", "-")
+        ) from None
+    return texts
 
 
 @click.command("ask")
@@ -40,7 +60,7 @@ _KNOB = click.option(
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer in tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True,
               help="Randomness of the answer.")  # fmt: skip
-@_KNOB
+@_routing_options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole response as JSON.")
 def ask_command(
     text: str,
@@ -48,8 +68,8 @@ def ask_command(
     url: str,
     max_tokens: int | None,
     temperature: float,
-    cost_quality: float | None,
     as_json: bool,
+    **routing: str | None,
 ) -> None:
     """Ask a running service TEXT; the answer goes to stdout, the decision to stderr.
 
@@ -63,11 +83,9 @@ def ask_command(
     }
     if max_tokens is not None:
         body["max_tokens"] = max_tokens
-    headers = {}
+    headers = {option_header(name): value for name, value in _checked(routing).items()}
     if key := os.environ.get("COLLEGIUM_API_KEY"):
         headers["authorization"] = f"Bearer {key}"
-    if cost_quality is not None:
-        headers[PREFIX + "cost-quality"] = str(cost_quality)
     try:
         _ask(url.rstrip("/") + "/v1/chat/completions", body, headers, as_json)
     except httpx.ConnectError:
@@ -89,6 +107,8 @@ def _ask(url: str, body: dict[str, Any], headers: dict[str, str], as_json: bool)
             click.echo(response.read().decode())
             return
         for line in response.iter_lines():
+            if line.startswith(": "):
+                click.secho(line[2:], dim=True, err=True)
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             event = json.loads(line.removeprefix("data: "))
@@ -102,7 +122,8 @@ def _ask(url: str, body: dict[str, Any], headers: dict[str, str], as_json: bool)
 
 def _show_headers(headers: httpx.Headers) -> None:
     facts = {n.removeprefix(PREFIX): v for n, v in headers.items() if n.startswith(PREFIX)}
-    shown = ("model", "route", "category", "confidence", "path", "overhead-ms", "decision-id")
+    shown = ("model", "route", "category", "confidence", "path", "cost", "overhead-ms",
+             "decision-id")  # fmt: skip
     line = " · ".join(f"{name} {facts[name]}" for name in shown if name in facts)
     if line:
         click.secho(line, fg="cyan", err=True)
@@ -120,28 +141,27 @@ def _error_message(response: httpx.Response) -> str:
 @click.option("--config", "file", type=click.Path(dir_okay=False),
               help="Config file; the embedded experts' by default.")  # fmt: skip
 @click.option("--model", default="auto", show_default=True, help="An expert or a route.")
-@_KNOB
+@_routing_options
 @click.option("--explain", is_flag=True, help="Quality, cost and utility of every candidate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole decision as JSON.")
 def route_command(
     text: str,
     file: str | None,
     model: str,
-    cost_quality: float | None,
     explain: bool,
     as_json: bool,
+    **routing: str | None,
 ) -> None:
     """Decide who would answer TEXT, here and now: no service is needed."""
     from experts.types import ChatRequest, Message
     from orchestrator.core import Orchestrator, load_routers
 
+    options = RoutingOptions.from_texts(_checked(routing))
     config = load_config(file)
     orchestrator = Orchestrator(config, {}, load_routers(config))
     request = ChatRequest(model=model, messages=[Message(role="user", content=text)])
     try:
-        decision = asyncio.run(
-            orchestrator.decide(request, options=RoutingOptions(cost_quality=cost_quality))
-        )
+        decision = asyncio.run(orchestrator.decide(request, options=options))
     except RequestError as error:
         raise click.UsageError(error.message) from None
     if as_json:

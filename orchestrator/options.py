@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
@@ -44,6 +44,18 @@ class RoutingOptions(BaseModel):
         Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Field(exclude=True)
     ] = None
     """An opaque name of the conversation, by which its requests are recognised."""
+
+    @classmethod
+    def from_texts(cls, given: Mapping[str, str]) -> RoutingOptions:
+        """Options from headers or a command line; lists are separated by commas.
+
+        Raises:
+            ValidationError: A value is wrong.
+        """
+        values: dict[str, str | list[str]] = dict(given)
+        if listed := given.get("allowed_models"):
+            values["allowed_models"] = [part.strip() for part in listed.split(",")]
+        return cls.model_validate(values)
 
     def or_else(self, other: RoutingOptions) -> RoutingOptions:
         """These options, the other's where these say nothing."""

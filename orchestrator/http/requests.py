@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import ValidationError
 from starlette.requests import Request
 
@@ -11,12 +9,18 @@ from experts.types import ChatRequest, CompletionRequest
 from orchestrator.errors import BadRequestError
 from orchestrator.options import RoutingOptions
 
-__all__ = ["OPTION_HEADERS", "PREFIX", "ChatBody", "CompletionBody", "options_of"]
+__all__ = ["OPTION_HEADERS", "PREFIX", "ChatBody", "CompletionBody", "option_header", "options_of"]
 
 PREFIX = "x-collegium-"
 
+
+def option_header(name: str) -> str:
+    """The header that sets a routing option."""
+    return PREFIX + name.replace("_", "-")
+
+
 # Header to the option it sets.
-OPTION_HEADERS = {PREFIX + name.replace("_", "-"): name for name in RoutingOptions.model_fields}
+OPTION_HEADERS = {option_header(name): name for name in RoutingOptions.model_fields}
 
 
 class ChatBody(ChatRequest, RoutingOptions):
@@ -33,24 +37,15 @@ def options_of(http: Request, body: RoutingOptions) -> RoutingOptions:
     Raises:
         BadRequestError: A header's value is wrong.
     """
-    given = _from_headers(http.headers)
+    headers = http.headers
+    given = {name: headers[h].strip() for h, name in OPTION_HEADERS.items() if h in headers}
     if not given:
         return body
     try:
-        return body.or_else(RoutingOptions.model_validate(given))
+        return body.or_else(RoutingOptions.from_texts(given))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
-        option = str(problem["loc"][0])
-        header = PREFIX + option.replace("_", "-")
+        header = option_header(str(problem["loc"][0]))
         raise BadRequestError(
-            f"{header}: {problem['msg']}, got {http.headers[header]!r}", header
+            f"{header}: {problem['msg']}, got {headers[header]!r}", header
         ) from None
-
-
-def _from_headers(headers: Mapping[str, str]) -> dict[str, str | list[str]]:
-    found: dict[str, str | list[str]] = {}
-    for header, name in OPTION_HEADERS.items():
-        if (text := headers.get(header)) is not None:
-            listed = [part.strip() for part in text.split(",")]
-            found[name] = listed if name == "allowed_models" else text.strip()
-    return found
