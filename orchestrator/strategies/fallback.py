@@ -34,6 +34,16 @@ class FallbackStrategy(Strategy):
     """Which kind of strategy."""
     max_attempts: int = Field(default=3, ge=1, le=16)
     """Experts to try at most."""
+    fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Who may stand in for an expert, in order, by the expert that was chosen; those that cannot
+    serve the request are left out. Of an expert that is not named here, all others of the route, in
+    the order of utility."""
+
+    @property
+    def named_experts(self) -> tuple[str, ...]:
+        """Experts that ``fallbacks`` names."""
+        others = (name for names in self.fallbacks.values() for name in names)
+        return tuple(dict.fromkeys((*self.fallbacks, *others)))
 
     async def run(
         self,
@@ -43,7 +53,10 @@ class FallbackStrategy(Strategy):
         context: RequestContext,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer of the first expert that gives one."""
-        attempts = decision.experts[: self.max_attempts]
+        chosen, *others = decision.experts
+        able = set(others)
+        others = [name for name in self.fallbacks.get(chosen, others) if name in able]
+        attempts = [chosen, *others][: self.max_attempts]
         for attempt, name in enumerate(attempts, start=1):
             held: list[Chunk] = []
             begun = False

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
 
 __all__ = ["AnyStrategy"]
 
-AnyStrategy = Annotated[SingleStrategy | FallbackStrategy, Field(discriminator="type")]
+
+def _typed(fields: Any) -> Any:
+    """A strategy without a type is a fallback."""
+    return {"type": "fallback", **fields} if isinstance(fields, dict) else fields
+
+
+AnyStrategy = Annotated[
+    SingleStrategy | FallbackStrategy, Field(discriminator="type"), BeforeValidator(_typed)
+]

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 
 from experts.errors import ExpertOverloadedError, ExpertUnavailableError
+from orchestrator.config import ConfigError, parse_config
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.testing import StrategyCheck, StrategyRun, scripted, strategy_checks
+from tests.orchestrator.support import config_content
 
 STRATEGIES: list[Strategy] = [SingleStrategy(), FallbackStrategy()]
 
@@ -58,3 +60,24 @@ async def test_attempts_share_the_time_that_is_left():
     experts = [scripted("a", delay_s=0.15, error="failed"), scripted("b", delay_s=0.15)]
     run = StrategyRun(FallbackStrategy(), experts, timeout_s=0.25)
     assert "'b'" in str(await run.error())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "path"),
+    [("a", ["a", "c"]), ("b", ["b"]), ("c", ["c", "a", "b"])],
+)
+async def test_who_stands_in_depends_on_who_was_chosen(chosen: str, path: list[str]):
+    strategy = FallbackStrategy(fallbacks={"a": ("gone", "c"), "b": ()})
+    order = [chosen, *(name for name in "abc" if name != chosen)]
+    run = StrategyRun(strategy, [scripted(name, error="failed") for name in order])
+    await run.error()
+    assert run.context.path == path
+
+
+def test_a_stand_in_must_exist():
+    content = config_content()
+    content["routes"]["auto"]["strategy"] = {"fallbacks": {"large": ["medum"]}}
+    with pytest.raises(
+        ConfigError, match="strategy of route 'auto' names the unknown expert 'medum'"
+    ):
+        parse_config(content)
