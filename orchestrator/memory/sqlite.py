@@ -98,11 +98,11 @@ class SQLiteStore:
 
     async def get(self, key: str | bytes) -> bytes | None:
         """The value of a key."""
-        row = await self._one(
+        value: bytes | None = await self._one(
             "SELECT value FROM entries WHERE kind = 'value' AND key = ? AND expires > ?",
             (_bytes(key), time.time()),
         )
-        return row and row[0]
+        return value
 
     async def put(self, key: str | bytes, value: bytes, *, ttl_s: float | None = None) -> None:
         """Set the value of a key."""
@@ -122,8 +122,7 @@ class SQLiteStore:
             "expires": _expires(ttl_s),
             "now": time.time(),
         }
-        row = await self._one(_ADD, values)
-        return float(row[0])
+        return float(await self._one(_ADD, values))
 
     async def append(self, log: str, id: str, record: bytes) -> bool:
         """Put a record at the end of a log, once."""
@@ -142,8 +141,10 @@ class SQLiteStore:
 
     async def read(self, log: str, id: str) -> bytes | None:
         """One record of a log."""
-        row = await self._one("SELECT record FROM records WHERE log = ? AND id = ?", (log, id))
-        return row and row[0]
+        record: bytes | None = await self._one(
+            "SELECT record FROM records WHERE log = ? AND id = ?", (log, id)
+        )
+        return record
 
     async def scan(
         self, log: str, *, after: str | None = None, limit: int
@@ -155,17 +156,16 @@ class SQLiteStore:
     async def aclose(self) -> None:
         """Close the database."""
         if not self._closed:
-            work = self._run(self._database.close)
             self._closed = True
-            try:
-                await work
-            finally:
-                self._thread.shutdown(wait=False)
+            closing = self._thread.submit(self._database.close)
+            self._thread.shutdown(wait=False)
+            await asyncio.wrap_future(closing)
 
     async def _one(self, statement: str, values: Any) -> Any:
+        """The one value a statement gives, or none."""
         # A statement that is not read to its end has not committed.
         rows = await self._run(lambda: self._database.execute(statement, values).fetchall())
-        return rows[0] if rows else None
+        return rows[0][0] if rows else None
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         if self._closed:
