@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS entries (
 );
 CREATE INDEX IF NOT EXISTS entries_expires ON entries (expires);
 CREATE TABLE IF NOT EXISTS records (
-    log TEXT NOT NULL, number INTEGER NOT NULL, id TEXT NOT NULL, record BLOB NOT NULL,
+    log BLOB NOT NULL, number INTEGER NOT NULL, id BLOB NOT NULL, record BLOB NOT NULL,
     PRIMARY KEY (log, number)
 );
 CREATE UNIQUE INDEX IF NOT EXISTS records_id ON records (log, id);
@@ -128,12 +128,12 @@ class SQLiteStore:
         """Put a record at the end of a log, once."""
 
         def work() -> bool:
-            values = {"log": log, "id": id, "record": record}
+            values = {"log": _bytes(log), "id": _bytes(id), "record": record}
             rows = self._database.execute(_APPEND, values).fetchall()
             if rows:
                 self._database.execute(
                     "DELETE FROM records WHERE log = ? AND number <= ?",
-                    (log, rows[0][0] - self._max_records),
+                    (_bytes(log), rows[0][0] - self._max_records),
                 )
             return bool(rows)
 
@@ -142,7 +142,7 @@ class SQLiteStore:
     async def read(self, log: str, id: str) -> bytes | None:
         """One record of a log."""
         record: bytes | None = await self._one(
-            "SELECT record FROM records WHERE log = ? AND id = ?", (log, id)
+            "SELECT record FROM records WHERE log = ? AND id = ?", (_bytes(log), _bytes(id))
         )
         return record
 
@@ -150,8 +150,10 @@ class SQLiteStore:
         self, log: str, *, after: str | None = None, limit: int
     ) -> list[tuple[str, bytes]]:
         """Records in the order in which they were appended."""
-        values = {"log": log, "after": after, "limit": limit}
-        return await self._run(lambda: self._database.execute(_SCAN, values).fetchall())
+        last = None if after is None else _bytes(after)
+        values = {"log": _bytes(log), "after": last, "limit": limit}
+        rows = await self._run(lambda: self._database.execute(_SCAN, values).fetchall())
+        return [(id.decode(errors="surrogatepass"), record) for id, record in rows]
 
     async def aclose(self) -> None:
         """Close the database."""
@@ -174,7 +176,7 @@ class SQLiteStore:
             return await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._timely, work
             )
-        except (sqlite3.Error, OverflowError, UnicodeError) as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise StoreError(f"the database failed: {error}") from error
 
     def _timely(self, work: Callable[[], Result]) -> Result:
