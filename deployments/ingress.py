@@ -16,6 +16,7 @@ from experts.registry import open_experts
 from orchestrator.config import CollegiumConfig, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.http.app import create_app
+from orchestrator.memory.opening import open_memory
 from orchestrator.settings import api_keys
 
 __all__ = ["Ingress"]
@@ -34,7 +35,10 @@ class Ingress:
         self._config = parse_config(config)
         _log_to_stderr(self._config.server.log_level)
         self._orchestrator = Orchestrator(
-            self._config, _experts(self._config, handles), load_routers(self._config)
+            self._config,
+            _experts(self._config, handles),
+            load_routers(self._config),
+            open_memory(self._config.memory),
         )
 
     def __serve_build_asgi_app__(self) -> Any:

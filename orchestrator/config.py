@@ -24,6 +24,7 @@ from experts.config import EnvironmentName, ExpertConfig, cards_of
 from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
+from orchestrator.memory.config import MemoryConfig, SQLiteMemoryConfig
 from orchestrator.policies import PolicyConfig, UtilityPolicy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.registry import AnyStrategy
@@ -31,6 +32,7 @@ from orchestrator.strict import StrictModel
 
 __all__ = [
     "ArtefactRouterConfig",
+    "BudgetConfig",
     "CollegiumConfig",
     "ConfigError",
     "LimitsConfig",
@@ -105,6 +107,13 @@ class LimitsConfig(StrictModel):
     """Seconds for one request, all attempts together."""
 
 
+class BudgetConfig(StrictModel):
+    """What each API key may spend, by the experts' prices; all requests' if there are no keys."""
+
+    usd_per_day: float = Field(gt=0)
+    """US dollars from one midnight UTC to the next; further requests get 429."""
+
+
 class ServerConfig(StrictModel):
     """The HTTP side."""
 
@@ -116,6 +125,8 @@ class ServerConfig(StrictModel):
     """Environment variable with the accepted API keys, separated by commas; none asks for none."""
     limits: LimitsConfig = LimitsConfig()
     """How much one ingress replica accepts, and for how long."""
+    budget: BudgetConfig | None = None
+    """What each API key may spend; none sets no limit."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What the ingress logs; ``info`` has one line per decision, without the prompt."""
 
@@ -159,6 +170,8 @@ class CollegiumConfig(StrictModel):
     """Names users can put in ``model``; ``auto`` is the one for requests without a model."""
     server: ServerConfig = ServerConfig()
     """Address, keys and limits of the HTTP side."""
+    memory: MemoryConfig = SQLiteMemoryConfig()
+    """Where decisions, feedback and other things that outlive a request are kept."""
     ray: RayConfig = RayConfig()
     """How Ray Serve runs on a single machine."""
 
@@ -371,4 +384,7 @@ def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:
         else router
         for name, router in config.routers.items()
     }
-    return config.model_copy(update={"routers": routers})
+    memory = config.memory
+    if isinstance(memory, SQLiteMemoryConfig) and memory.path:
+        memory = memory.model_copy(update={"path": str((base / memory.path).resolve())})
+    return config.model_copy(update={"routers": routers, "memory": memory})

@@ -23,6 +23,10 @@ from orchestrator.config import (
 from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.memory.decisions import DecisionLog
+from orchestrator.memory.feedback import FeedbackLog
+from orchestrator.memory.guard import Memory
+from orchestrator.memory.sqlite import SQLiteStore
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
@@ -99,6 +103,7 @@ class Orchestrator:
         config: CollegiumConfig,
         experts: Mapping[str, Expert],
         routers: Mapping[str, Router],
+        memory: Memory | None = None,
     ) -> None:
         self.config = config
         self.cards = config.cards()
@@ -117,6 +122,9 @@ class Orchestrator:
         self._named_costs = {n: ExpectedCosts.of([card]) for n, card in self.cards.items()}
         self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
         self._single = SingleStrategy()
+        self.memory = memory or Memory(SQLiteStore(max_records=config.memory.max_records))
+        self.decisions = DecisionLog(self.memory)
+        self.feedback = FeedbackLog(self.memory, self.decisions)
 
     def _take_up(self, name: str, router: Router, release: str) -> None:
         """Use a router in the place of another; requests under way keep the one they began with."""
@@ -215,11 +223,12 @@ class Orchestrator:
         return dict(zip(self.experts, results, strict=True))
 
     async def aclose(self) -> None:
-        """Free routers' threads and all experts."""
+        """Free routers' threads and all experts, and write down what is still to be written."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
         )
+        await self.memory.aclose()
 
 
 async def _check_health(name: str, expert: Expert) -> None:

@@ -103,6 +103,7 @@ class RequestContext:
         received: Moment on the monotonic clock when the request came.
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
+        scope: Whose request it is: a hash of the API key. What is remembered belongs to a scope.
     """
 
     deadline: float
@@ -111,6 +112,7 @@ class RequestContext:
     received: float = field(default_factory=time.monotonic)
     router_s: float = 0.0
     answered_by: str | None = None
+    scope: str = "public"
 
     @property
     def remaining_s(self) -> float:

@@ -4,12 +4,16 @@ RequestError
 ├── BadRequestError        a field is wrong
 ├── AuthenticationError    no key, or a wrong one
 ├── UnknownModelError      no expert or route has this name
+├── UnknownDecisionError   no record of this decision
+├── FeedbackExistsError    something else was said of it before
 ├── EmptyPoolError         no expert of the route can serve this request
 ├── CostLimitError         the next call would cost more than the request may
 ├── BodyTooLargeError
 ├── BodyTimeoutError       the body did not arrive in time
 ├── ContentTypeError
-└── OverloadedError        too many requests in work
+├── OverloadedError        too many requests in work
+├── BudgetExhaustedError   the key has spent what it may today
+└── MemoryUnavailableError what was asked for is in a store that does not answer
 """
 
 from __future__ import annotations
@@ -21,11 +25,15 @@ __all__ = [
     "BadRequestError",
     "BodyTimeoutError",
     "BodyTooLargeError",
+    "BudgetExhaustedError",
     "ContentTypeError",
     "CostLimitError",
     "EmptyPoolError",
+    "FeedbackExistsError",
+    "MemoryUnavailableError",
     "OverloadedError",
     "RequestError",
+    "UnknownDecisionError",
     "UnknownModelError",
 ]
 
@@ -63,6 +71,20 @@ class UnknownModelError(RequestError):
     def __init__(self, model: str, known: Iterable[str], param: str = "model") -> None:
         names = ", ".join(map(repr, known))
         super().__init__(f"unknown {param} {model!r}; known: {names}", param)
+
+
+class UnknownDecisionError(RequestError):
+    """No decision of this id, or none of this key; old ones are dropped."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"unknown decision {id!r}; old ones are dropped", "decision_id")
+
+
+class FeedbackExistsError(RequestError):
+    """Other feedback was given before, and stays."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"other feedback on {id!r} was given before, and stays", "decision_id")
 
 
 class EmptyPoolError(RequestError):
@@ -111,3 +133,21 @@ class OverloadedError(RequestError):
     def __init__(self, limit: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"{limit} requests are in work already; try again in a moment")
         self.retry_after_s = retry_after_s
+
+
+class BudgetExhaustedError(RequestError):
+    """The key has spent its budget of the day."""
+
+    def __init__(self, usd_per_day: float, retry_after_s: float) -> None:
+        super().__init__(
+            f"the budget of {usd_per_day:g} US dollars a day is spent; there is a new one at "
+            "midnight UTC"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class MemoryUnavailableError(RequestError):
+    """What was asked for is in a store that does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the service's memory does not answer; try again in a moment")

@@ -80,6 +80,13 @@ class Telemetry:
             registry=self.registry,
         )
 
+        self.memory_errors = Counter(
+            "collegium_memory_errors_total",
+            "What the store did not do, or not in time, by the feature that went on without.",
+            ["feature"],
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -103,6 +110,10 @@ class Telemetry:
                     }
                 )
             )
+
+    def memory_failed(self, feature: str) -> None:
+        """Note that the store did not do something."""
+        self.memory_errors.labels(feature).inc()
 
     def first_chunk(self, context: RequestContext) -> None:
         """Note the time to the first piece."""

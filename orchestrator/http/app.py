@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -25,10 +27,15 @@ from orchestrator.http.body import parse_body
 from orchestrator.http.encoding import JSONBytes
 from orchestrator.http.generation import DEBUG_HEADER, Generation, decision_headers
 from orchestrator.http.requests import OPTION_HEADERS, ChatBody, CompletionBody, options_of
+from orchestrator.memory.decisions import DecisionRecord
+from orchestrator.memory.feedback import Feedback, FeedbackBody
 from orchestrator.telemetry import CONTENT_TYPE_LATEST, Telemetry
 from orchestrator.version import version
 
 __all__ = ["create_app"]
+
+# Whose requests are those without keys.
+PUBLIC = "public"
 
 _COMPONENTS = "#/components/schemas/{model}"
 
@@ -40,10 +47,17 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
         orchestrator: Who decides and has requests answered.
         api_keys: Keys to accept under ``/v1``; none accepts everybody.
     """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await orchestrator.aclose()
+
     # FastAPI's own page loads its scripts from the internet, which many clusters do not reach.
-    app = FastAPIOffline(title="Collegium", version=version(), redoc_url=None)
+    app = FastAPIOffline(title="Collegium", version=version(), redoc_url=None, lifespan=lifespan)
     admission = Admission(orchestrator.config.server.limits.max_in_flight)
     telemetry = Telemetry(lambda: admission.in_flight)
+    orchestrator.memory.on_error = telemetry.memory_failed
     generation = Generation(orchestrator, telemetry, admission)
     keys = [key.encode() for key in api_keys if key]
     for kind in (RequestError, ExpertError, Exception):
@@ -53,21 +67,24 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     _add_generation(app, generation, keys)
     _add_route(app, orchestrator, admission, keys)
     _add_models(app, orchestrator, keys)
+    _add_memory(app, orchestrator, keys)
     _add_operations(app, orchestrator, telemetry)
     # FastAPI's documented way to change the page.
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _check_key(request: Request, keys: list[bytes]) -> None:
+def _check_key(request: Request, keys: list[bytes]) -> str:
+    """The scope of the request's key; one and the same for all if none is needed."""
     if not keys:
-        return
+        return PUBLIC
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     # Starlette decodes headers as Latin-1; this gives back the bytes that were sent.
     sent = key.strip().encode("latin-1")
     known = [hmac.compare_digest(sent, accepted) for accepted in keys]
     if scheme.lower() != "bearer" or not any(known):
         raise AuthenticationError
+    return hashlib.sha256(b"collegium:" + sent).hexdigest()[:16]
 
 
 async def _http_exception(request: Request, error: HTTPException) -> JSONBytes:
@@ -146,8 +163,8 @@ def _add_generation(app: FastAPI, generation: Generation, keys: list[bytes]) -> 
         openapi_extra={**_body(ChatBody), **extra},
     )
     async def chat_completions(http: Request) -> Response:
-        _check_key(http, keys)
-        return await generation.respond(http, ChatBody)
+        scope = _check_key(http, keys)
+        return await generation.respond(http, ChatBody, scope)
 
     @router.post(
         "/v1/completions",
@@ -156,8 +173,8 @@ def _add_generation(app: FastAPI, generation: Generation, keys: list[bytes]) -> 
         openapi_extra={**_body(CompletionBody), **extra},
     )
     async def completions(http: Request) -> Response:
-        _check_key(http, keys)
-        return await generation.respond(http, CompletionBody)
+        scope = _check_key(http, keys)
+        return await generation.respond(http, CompletionBody, scope)
 
     app.include_router(router)
 
@@ -226,6 +243,33 @@ def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
         return known[id]
 
 
+def _add_memory(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> None:
+    limits = orchestrator.config.server.limits
+
+    @app.get(
+        "/v1/decisions/{id}",
+        summary="Show what was decided for a request, and what came of it",
+        responses=_failures(401, 404, 503),
+    )
+    async def show_decision(http: Request, id: str) -> DecisionRecord:
+        scope = _check_key(http, keys)
+        return await orchestrator.decisions.find(id, scope)
+
+    @app.post(
+        "/v1/feedback",
+        summary="Say how good an answer was",
+        response_model=Feedback,
+        responses=_failures(400, 401, 404, 408, 409, 413, 415, 503),
+        openapi_extra=_body(FeedbackBody),
+    )
+    async def give_feedback(http: Request) -> Response:
+        scope = _check_key(http, keys)
+        body = await parse_body(
+            http, FeedbackBody, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
+        )
+        return JSONBytes(await orchestrator.feedback.give(body, scope))
+
+
 def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemetry) -> None:
     @app.get("/health", summary="Whether the process answers")
     async def health() -> schemas.HealthBody:
@@ -264,7 +308,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         components = schema.setdefault("components", {}).setdefault("schemas", {})
         # Bodies are parsed from the raw request, so FastAPI cannot find their models by itself.
-        for model in (ChatBody, CompletionBody):
+        for model in (ChatBody, CompletionBody, FeedbackBody):
             described = model.model_json_schema(ref_template=_COMPONENTS)
             components.update(described.pop("$defs", {}))
             components[model.__name__] = described

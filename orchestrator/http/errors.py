@@ -25,11 +25,15 @@ from orchestrator.errors import (
     BadRequestError,
     BodyTimeoutError,
     BodyTooLargeError,
+    BudgetExhaustedError,
     ContentTypeError,
     CostLimitError,
     EmptyPoolError,
+    FeedbackExistsError,
+    MemoryUnavailableError,
     OverloadedError,
     RequestError,
+    UnknownDecisionError,
     UnknownModelError,
 )
 from orchestrator.http.encoding import JSONBytes
@@ -48,10 +52,14 @@ ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     CostLimitError: (400, "invalid_request_error", "max_cost_too_low"),
     AuthenticationError: (401, "authentication_error", "invalid_api_key"),
     UnknownModelError: (404, "invalid_request_error", "model_not_found"),
+    UnknownDecisionError: (404, "invalid_request_error", "decision_not_found"),
     BodyTimeoutError: (408, "invalid_request_error", "body_timeout"),
+    FeedbackExistsError: (409, "invalid_request_error", "feedback_exists"),
     BodyTooLargeError: (413, "invalid_request_error", "body_too_large"),
     ContentTypeError: (415, "invalid_request_error", "unsupported_content_type"),
     OverloadedError: (429, "rate_limit_error", "overloaded"),
+    BudgetExhaustedError: (429, "insufficient_quota", "budget_exhausted"),
+    MemoryUnavailableError: (503, "server_error", "memory_unavailable"),
     ExpertError: (502, "server_error", "expert_error"),
     ExpertConfigError: (502, "server_error", "expert_misconfigured"),
     ExpertAuthError: (502, "server_error", "expert_refused_key"),
@@ -111,13 +119,15 @@ def error_response(
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status == 429:
-        headers["retry-after"] = _whole_seconds(getattr(error, "retry_after_s", 1.0))
+        # An upstream may have sent any number.
+        longest_s = 3600.0 if isinstance(error, ExpertError) else 86400.0
+        headers["retry-after"] = _whole_seconds(getattr(error, "retry_after_s", 1.0), longest_s)
     return JSONBytes(error_object(error, decision_id), status, headers)
 
 
-def _whole_seconds(wait_s: float) -> str:
-    # An upstream may have sent any number, and clients read whole seconds only.
-    return str(math.ceil(min(max(wait_s, 1.0), 3600.0)) if math.isfinite(wait_s) else 1)
+def _whole_seconds(wait_s: float, longest_s: float) -> str:
+    # Clients read whole seconds only.
+    return str(math.ceil(min(max(wait_s, 1.0), longest_s)) if math.isfinite(wait_s) else 1)
 
 
 async def handle(request: Request, error: Exception) -> JSONBytes:

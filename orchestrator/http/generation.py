@@ -33,6 +33,8 @@ from orchestrator.http.streaming import (
     event,
     unless_client_leaves,
 )
+from orchestrator.memory.budget import Budget
+from orchestrator.memory.decisions import DecisionRecord
 from orchestrator.options import RoutingOptions
 from orchestrator.telemetry import Telemetry
 
@@ -92,10 +94,12 @@ class _Turn:
     decision: Decision | None = None
     status: int = CLIENT_LEFT_STATUS
     usage: Usage | None = None
+    session_id: str | None = None
     ended: bool = False
 
-    def limit(self, options: RoutingOptions) -> None:
-        """Keep to the request's own deadline and cost limit."""
+    def take(self, options: RoutingOptions) -> None:
+        """Keep to the request's own deadline and cost limit, and know its session."""
+        self.session_id = options.session_id
         if options.deadline_ms is not None:
             own = self.context.received + options.deadline_ms / 1000
             self.context.deadline = min(self.context.deadline, own)
@@ -127,12 +131,15 @@ class Generation:
         self._admission = admission
         self._limits = orchestrator.config.server.limits
         self._fingerprint = orchestrator.config.fingerprint
+        budget = orchestrator.config.server.budget
+        self._budget = Budget(orchestrator.memory, budget.usd_per_day) if budget else None
 
     async def respond(
-        self, http: Request, model: type[ChatBody] | type[CompletionBody]
+        self, http: Request, model: type[ChatBody] | type[CompletionBody], scope: str
     ) -> Response:
         """Answer one request. Everything that fails becomes an error object."""
-        turn = _Turn(RequestContext(deadline=time.monotonic() + self._limits.timeout_s))
+        deadline = time.monotonic() + self._limits.timeout_s
+        turn = _Turn(RequestContext(deadline=deadline, scope=scope))
         try:
             self._admission.enter()
         except Exception as error:
@@ -163,6 +170,22 @@ class Generation:
         turn.ended = True
         self._admission.leave()
         self._telemetry.finished(turn.model, turn.context, turn.status)
+        self._remember(turn)
+
+    def _remember(self, turn: _Turn) -> None:
+        context = turn.context
+        if turn.request is None or turn.decision is None:
+            return
+        record = DecisionRecord.of(
+            turn.decision,
+            context,
+            model=turn.request.model,
+            status=turn.status,
+            session_id=turn.session_id,
+        )
+        self._orchestrator.decisions.add(record)
+        if self._budget is not None:
+            self._budget.spend(context.scope, context.cost_usd)
 
     async def _answer(
         self, http: Request, model: type[ChatBody] | type[CompletionBody], turn: _Turn
@@ -172,7 +195,9 @@ class Generation:
             http, model, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
         )
         options = options_of(http, request)
-        turn.limit(options)
+        turn.take(options)
+        if self._budget is not None:
+            await self._budget.check(turn.context.scope)
         if options.priority == "low":
             self._admission.check_low_priority()
         turn.decision = decision = await self._orchestrator.decide(

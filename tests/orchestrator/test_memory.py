@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.memory.base import StoreError
+from orchestrator.memory.checks import OpenStore, StoreCheck, shared_store_checks, store_checks
+from orchestrator.memory.redis import RedisStore
+from orchestrator.memory.sqlite import SQLiteStore
+from tests.redis_server import RedisServer, running_redis
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory) -> Iterator[RedisServer]:
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "file", "redis"])
+def open_store(request, tmp_path: Path) -> OpenStore:
+    if request.param == "memory":
+        return lambda **options: SQLiteStore(**options)
+    if request.param == "file":
+        return lambda **options: SQLiteStore(str(tmp_path / "memory.db"), **options)
+    url, prefix = request.getfixturevalue("redis").url, uuid.uuid4().hex
+    return lambda **options: RedisStore(url, prefix=prefix, **options)
+
+
+@pytest.mark.parametrize("check", store_checks(), ids=lambda check: check.__name__)
+async def test_store_passes_the_battery(open_store: OpenStore, check: StoreCheck):
+    await check(open_store)
+
+
+@pytest.mark.parametrize("open_store", ["file", "redis"], indirect=True)
+@pytest.mark.parametrize("check", shared_store_checks(), ids=lambda check: check.__name__)
+async def test_shared_store_passes_the_battery(open_store: OpenStore, check: StoreCheck):
+    await check(open_store)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database, whatever its name says" * 100])
+def test_sqlite_says_which_file_it_cannot_use(tmp_path: Path, content: bytes):
+    path = tmp_path / "folder" / "memory.db"
+    if content:
+        path.parent.mkdir()
+        path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"memory\.db cannot be used"):
+        SQLiteStore(str(path))
+
+
+async def test_sqlite_forgets_what_has_expired(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("orchestrator.memory.sqlite.PURGE_EVERY_S", 0)
+    store = SQLiteStore()
+    await store.put("short", b"", ttl_s=1e-6)
+    await store.put("long", b"", ttl_s=60)
+    await store.add("counter", 1, ttl_s=1e-6)
+    await store.get("")
+    rows = store._database.execute("SELECT key FROM entries").fetchall()
+    assert rows == [(b"long",)]
+    await store.aclose()
+
+
+async def test_redis_says_what_is_wrong_with_its_address():
+    with pytest.raises(StoreError, match="must specify one of the following schemes"):
+        RedisStore("http://127.0.0.1")
+    store = RedisStore("redis://127.0.0.1:1")
+    with pytest.raises(StoreError, match="connect"):
+        await store.get("key")
+    await store.aclose()
+
+
+async def test_redis_works_again_after_a_restart(tmp_path: Path):
+    with running_redis(tmp_path) as server:
+        store = RedisStore(server.url)
+        assert await store.append("log", "id", b"")
+        assert await store.add("sum", 1) == 1
+        server.kill()
+        for _ in range(3):
+            with pytest.raises(StoreError):
+                await store.add("sum", 1)
+        server.start()
+        assert await store.add("sum", 1) == 1
+        assert await store.append("log", "id", b"")
+        await store.aclose()
