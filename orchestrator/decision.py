@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from experts.base import AnyRequest
 from experts.types import Usage
 
 __all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
@@ -101,6 +102,8 @@ class RequestContext:
         received: Moment on the monotonic clock when the request came.
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
+        reroute: Decides anew, by the same route among the same candidates, for strategies whose
+            next step depends on what is there so far; none where an expert was named.
     """
 
     deadline: float
@@ -109,6 +112,7 @@ class RequestContext:
     received: float = field(default_factory=time.monotonic)
     router_s: float = 0.0
     answered_by: str | None = None
+    reroute: Callable[[AnyRequest], Awaitable[Decision]] | None = None
 
     @property
     def remaining_s(self) -> float:

@@ -34,6 +34,7 @@ __all__ = [
     "asking",
     "expected_usd",
     "freed",
+    "held_back",
     "plain",
     "play",
     "stream_one",
@@ -188,6 +189,26 @@ async def freed(tasks: Iterable[asyncio.Task[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # looked at, or asyncio would log it
+
+
+async def held_back(
+    chunks: AsyncGenerator[Chunk, None], request: AnyRequest, context: RequestContext
+) -> AsyncGenerator[Chunk, None]:
+    """A streamed answer as it comes, a plain one only when it is whole; its usage is that of all.
+
+    So an error before the first chunk that is no progress means that nothing has left yet.
+    """
+    held: list[Chunk] = []
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if chunk.usage is not None:
+                chunk.usage = context.usage
+            if request.stream or chunk.progress is not None:
+                yield chunk
+            else:
+                held.append(chunk)
+    for chunk in held:
+        yield chunk
 
 
 def plain(request: AnyRequest) -> AnyRequest:

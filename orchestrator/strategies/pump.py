@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
+from experts.types import Chunk
 from orchestrator.strategies.calls import freed
 
-__all__ = ["Pump"]
+__all__ = ["Pump", "ticking", "with_progress"]
 
 Item = TypeVar("Item")
 
@@ -77,3 +78,33 @@ class Pump(Generic[Item]):
     async def aclose(self) -> None:
         """Close the stream, and wait until its experts are free."""
         await freed([self.task])
+
+
+async def ticking(
+    items: AsyncGenerator[Item, None], pause_s: Callable[[], float]
+) -> AsyncGenerator[Item | None, None]:
+    """A stream's items, and ``None`` whenever none has come for as long as ``pause_s`` says.
+
+    Closing it closes the stream, and waits until its experts are free.
+    """
+    pump = Pump(items)
+    try:
+        async with aclosing(pump.items(pause_s)) as found:
+            async for item in found:
+                yield item
+    finally:
+        await pump.aclose()
+
+
+async def with_progress(
+    chunks: AsyncGenerator[Chunk, None], progress: str, every_s: float
+) -> AsyncGenerator[Chunk, None]:
+    """An answer's chunks, with comments before the first of them as long as it does not come."""
+    begun = False
+    async with aclosing(ticking(chunks, lambda: every_s)) as pieces:
+        async for piece in pieces:
+            if piece is not None:
+                begun = True
+                yield piece
+            elif not begun:
+                yield Chunk(progress=progress)

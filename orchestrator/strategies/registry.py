@@ -6,9 +6,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from orchestrator.strategies.chain import ChainStrategy
 from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.fusion import FusionStrategy
+from orchestrator.strategies.hedge import HedgeStrategy
 from orchestrator.strategies.single import SingleStrategy
 
 __all__ = ["AnyStrategy"]
 
-AnyStrategy = Annotated[SingleStrategy | FallbackStrategy, Field(discriminator="type")]
+AnyStrategy = Annotated[
+    SingleStrategy | FallbackStrategy | HedgeStrategy | FusionStrategy | ChainStrategy,
+    Field(discriminator="type"),
+]
