@@ -6,7 +6,7 @@ Knows nothing of how engines are built or hosted; the open dictionaries (``engin
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
@@ -19,6 +19,7 @@ __all__ = [
     "OpenAIExpertConfig",
     "ScriptRule",
     "ScriptedExpertConfig",
+    "ScriptedFaults",
     "ScriptedToolCall",
     "TransformersExpertConfig",
     "VLLMExpertConfig",
@@ -197,6 +198,26 @@ class ScriptRule(_Strict):
     """Call this tool if the request offers tools."""
 
 
+Fault = Literal["error", "timeout", "hang", "truncated", "garbage", "broken"]
+
+
+class ScriptedFaults(_Strict):
+    """What goes wrong with some of a scripted expert's answers, to see what a service makes of it.
+
+    ``error`` and ``timeout`` are raised before the first piece, ``broken`` an error after it.
+    ``hang`` says nothing until the deadline. ``truncated`` ends after half of the answer with the
+    finish reason ``length``. ``garbage`` is no JSON where a request asks for some, as its format or
+    as arguments of a tool; other answers are left alone.
+    """
+
+    share: float = Field(ge=0, le=1)
+    """Share of the answers with a fault."""
+    kinds: tuple[Fault, ...] = Field(default=get_args(Fault), min_length=1)
+    """Which faults, each as often as the others."""
+    seed: int = 0
+    """Same seed, same expert, same order of requests: same faults."""
+
+
 class ScriptedExpertConfig(_ExpertBase):
     """An expert that follows a script: for tests, demonstrations and load tests."""
 
@@ -206,6 +227,8 @@ class ScriptedExpertConfig(_ExpertBase):
     """How Ray Serve hosts its engine."""
     rules: tuple[ScriptRule, ...] = (ScriptRule(),)
     """What to answer; the first rule that matches acts."""
+    faults: ScriptedFaults | None = None
+    """What goes wrong now and then; none for an expert without faults."""
 
     @field_validator("rules")
     @classmethod

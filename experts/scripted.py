@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import random
 import re
 import time
 import uuid
@@ -18,7 +20,13 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from experts.base import AnyRequest
-from experts.config import ScriptedExpertConfig, ScriptedToolCall, ScriptRule, cards_of
+from experts.config import (
+    Fault,
+    ScriptedExpertConfig,
+    ScriptedToolCall,
+    ScriptRule,
+    cards_of,
+)
 from experts.errors import (
     ContextLengthError,
     ExpertAuthError,
@@ -30,7 +38,7 @@ from experts.errors import (
     InvalidRequestError,
     UnsupportedFeatureError,
 )
-from experts.features import check_features
+from experts.features import check_features, required_features
 from experts.types import ChatRequest, Chunk, ExpertCard, Usage
 
 __all__ = ["ScriptedExpert"]
@@ -66,6 +74,7 @@ class ScriptedExpert:
         self._config = config
         self._card = cards_of(config)[0]
         self._rules = [(re.compile(rule.match), rule) for rule in config.rules]
+        self._faults = _Faults(config)
         self._closed = False
 
     @property
@@ -80,6 +89,8 @@ class ScriptedExpert:
         texts = _texts(request)
         prompt_words = self._check(request)
         rule = next(rule for pattern, rule in self._rules if pattern.search(texts[0]))
+        fault = self._faults.next()
+        rule = _faulty(rule, fault, request)
         clock = _Clock(self._card.name, timeout_s)
         self.active += 1
         try:
@@ -89,9 +100,11 @@ class ScriptedExpert:
             if rule.tool_call and isinstance(request, ChatRequest) and _wants_tools(request):
                 words = 0
                 for index in range(request.n):
-                    yield _tool_call(index, rule.tool_call)
+                    yield _tool_call(index, rule.tool_call, fault)
+                if fault == "broken":
+                    raise self._error("failed", timeout_s)
             else:
-                scripts = [self._script(rule, text, request) for text in texts]
+                scripts = [self._script(rule, text, request, fault) for text in texts]
                 words = request.n * sum(script.words for script in scripts)
                 async for chunk in self._play(scripts, rule, request, clock):
                     yield chunk
@@ -140,9 +153,13 @@ class ScriptedExpert:
             raise ContextLengthError(self._card.name, words + (request.token_limit or 0), limit)
         return words
 
-    def _script(self, rule: ScriptRule, text: str, request: AnyRequest) -> _Script:
+    def _script(
+        self, rule: ScriptRule, text: str, request: AnyRequest, fault: Fault | None
+    ) -> _Script:
         answer = rule.answer.replace("{text}", text)
         limit = request.token_limit or self._config.default_max_tokens
+        if fault == "truncated":
+            limit = min(limit, max(1, len(answer.split()) // 2))
         return _cut(answer, limit, request.stop_texts, rule.chunks)
 
     def _error(self, kind: str, timeout_s: float) -> ExpertError:
@@ -156,6 +173,37 @@ class ScriptedExpert:
             "invalid": InvalidRequestError(reason, "messages"),
         }
         return errors[kind]
+
+
+class _Faults:
+    """Which answers go wrong, and how."""
+
+    def __init__(self, config: ScriptedExpertConfig) -> None:
+        self._config = config.faults
+        self._random = random.Random(f"{config.faults and config.faults.seed} {config.name}")
+
+    def next(self) -> Fault | None:
+        """What is wrong with the next answer, if anything is."""
+        if self._config is None or self._random.random() >= self._config.share:
+            return None
+        return self._random.choice(self._config.kinds)
+
+
+def _faulty(rule: ScriptRule, fault: Fault | None, request: AnyRequest) -> ScriptRule:
+    """The rule with what the fault makes of it, as far as that is a matter of the rule."""
+    changes: dict[str, Any] = {}
+    if fault == "error":
+        changes = {"error": "failed", "error_after_chunks": 0}
+    elif fault == "timeout":
+        changes = {"error": "timeout", "error_after_chunks": 0}
+    elif fault == "hang":
+        changes = {"delay_s": math.inf}
+    elif fault == "broken":
+        pieces = max(2, rule.chunks or len(rule.answer.split()))
+        changes = {"error": "failed", "error_after_chunks": 1, "chunks": pieces}
+    elif fault == "garbage" and "json_schema" in required_features(request):
+        changes = {"answer": rule.answer[: len(rule.answer) // 2] + "}{"}
+    return rule.model_copy(update=changes) if changes else rule
 
 
 class _Clock:
@@ -211,14 +259,19 @@ def _wants_tools(request: ChatRequest) -> bool:
     return bool(request.tools) and request.tool_choice != "none"
 
 
-def _tool_call(index: int, call: ScriptedToolCall) -> Chunk:
+def _tool_call(index: int, call: ScriptedToolCall, fault: Fault | None) -> Chunk:
+    arguments = json.dumps(call.arguments)
+    if fault in ("truncated", "garbage", "broken"):
+        arguments = arguments[: len(arguments) // 2]
+    reasons = {"truncated": "length", "broken": None}
     delta = {
         "index": 0,
         "id": f"call_{uuid.uuid4().hex[:24]}",
         "type": "function",
-        "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        "function": {"name": call.name, "arguments": arguments},
     }
-    return Chunk(index, tool_calls=[delta], finish_reason="tool_calls")
+    finish_reason = reasons.get(fault or "", "tool_calls")
+    return Chunk(index, tool_calls=[delta], finish_reason=finish_reason)
 
 
 def _logprobs_wanted(request: AnyRequest) -> bool:

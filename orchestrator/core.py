@@ -48,6 +48,9 @@ ROUTER_THREADS = 2
 # Experts that one request may have asked together.
 MAX_EXPERTS = 16
 
+# Candidates, best first, that a further decision for the same request may choose from.
+MAX_ALLOWED = 64
+
 # An expert that does not even say whether it is healthy is not.
 HEALTH_TIMEOUT_S = 5.0
 
@@ -212,6 +215,8 @@ class Orchestrator:
         """
         route = self.routes.get(decision.route or "")
         strategy = route.config.strategy if route else self._single
+        if route:
+            context.reroute = lambda further: self.decide(further, options=_as_decided(decision))
         return strategy.run(request, decision, self.experts, context)
 
     async def check_health(self) -> dict[str, BaseException | None]:
@@ -329,6 +334,15 @@ def _decision(
         confidence=why.confidence,
         fallback=why.fallback,
         detail=why.detail,
+    )
+
+
+def _as_decided(decision: Decision) -> RoutingOptions:
+    """Options that decide as before: what the request allowed is what it had to choose from."""
+    return RoutingOptions(
+        route=decision.route,
+        cost_quality=decision.cost_quality,
+        allowed_models=[one.expert for one in decision.candidates[:MAX_ALLOWED]] or None,
     )
 
 

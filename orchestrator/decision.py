@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from experts.base import AnyRequest
 from experts.types import Usage
 
 __all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
@@ -104,6 +105,8 @@ class RequestContext:
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
         scope: Whose request it is: a hash of the API key. What is remembered belongs to a scope.
+        reroute: Decides anew, by the same route among the same candidates, for strategies whose
+            next step depends on what is there so far; none where an expert was named.
     """
 
     deadline: float
@@ -113,6 +116,7 @@ class RequestContext:
     router_s: float = 0.0
     answered_by: str | None = None
     scope: str = "public"
+    reroute: Callable[[AnyRequest], Awaitable[Decision]] | None = None
 
     @property
     def remaining_s(self) -> float:

@@ -7,11 +7,13 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from experts.base import AnyRequest, Expert
 from experts.errors import (
     ContextLengthError,
     ExpertError,
+    ExpertFailedError,
     ExpertTimeoutError,
     InvalidRequestError,
     UnsupportedFeatureError,
@@ -21,6 +23,7 @@ from orchestrator.costs import ExpectedCosts
 from orchestrator.decision import Call, RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.pool import estimated_prompt_tokens, estimated_tokens
+from orchestrator.strategies.answer_form import AnswerForm
 
 __all__ = [
     "Answer",
@@ -30,6 +33,8 @@ __all__ = [
     "answers",
     "asking",
     "expected_usd",
+    "freed",
+    "held_back",
     "plain",
     "play",
     "stream_one",
@@ -72,8 +77,18 @@ async def stream_one(
     context: RequestContext,
     *,
     purpose: str = "answer",
+    check: bool = True,
 ) -> AsyncGenerator[Chunk, None]:
     """Stream one expert's answer.
+
+    Args:
+        name: Of the expert.
+        request: What to answer.
+        experts: By name.
+        context: The request's deadline and cost limit.
+        purpose: What the call is for.
+        check: Whether an answer counts as failed if it has not the form that the request asks for:
+            JSON, or arguments of a tool. Its last piece is not passed on then.
 
     Raises:
         ExpertError: It failed, or the deadline has passed.
@@ -91,12 +106,15 @@ async def stream_one(
     call = Call(name, purpose, cost_usd=expected)
     context.calls.append(call)
     written, known = 0, False
+    form = AnswerForm.of(request) if check else None
     try:
         async with aclosing(expert.stream(request, timeout_s=timeout_s)) as stream:
             async for chunk in stream:
                 written += len(chunk.text)
                 if chunk.usage is not None:
                     call.usage, known = chunk.usage, True
+                if form is not None and (fault := form.fault(chunk)):
+                    raise ExpertFailedError(name, fault)
                 yield chunk
     except BaseException as error:
         left = isinstance(error, asyncio.CancelledError | GeneratorExit)
@@ -158,13 +176,39 @@ async def answers(
                 else:
                     yield Answer(found.expert, found.completion, tasks[task])
     finally:
-        for task in waiting:
-            task.cancel()
-        if waiting:
-            await asyncio.wait(waiting)
-            for task in waiting:
-                if not task.cancelled():
-                    task.exception()  # looked at, or asyncio would log it
+        await freed(waiting)
+
+
+async def freed(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel what still runs of the tasks, and wait until it has ended."""
+    tasks = set(tasks)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio would log it
+
+
+async def held_back(
+    chunks: AsyncGenerator[Chunk, None], request: AnyRequest, context: RequestContext
+) -> AsyncGenerator[Chunk, None]:
+    """A streamed answer as it comes, a plain one only when it is whole; its usage is that of all.
+
+    So an error before the first chunk that is no progress means that nothing has left yet.
+    """
+    held: list[Chunk] = []
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if chunk.usage is not None:
+                chunk.usage = context.usage
+            if request.stream or chunk.progress is not None:
+                yield chunk
+            else:
+                held.append(chunk)
+    for chunk in held:
+        yield chunk
 
 
 def plain(request: AnyRequest) -> AnyRequest:

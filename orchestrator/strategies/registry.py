@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.strategies.chain import ChainStrategy
 from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.fusion import FusionStrategy
+from orchestrator.strategies.hedge import HedgeStrategy
 from orchestrator.strategies.single import SingleStrategy
 
 __all__ = ["AnyStrategy"]
@@ -18,5 +21,7 @@ def _typed(fields: Any) -> Any:
 
 
 AnyStrategy = Annotated[
-    SingleStrategy | FallbackStrategy, Field(discriminator="type"), BeforeValidator(_typed)
+    SingleStrategy | FallbackStrategy | FusionStrategy | HedgeStrategy | ChainStrategy,
+    Field(discriminator="type"),
+    BeforeValidator(_typed),
 ]

@@ -27,5 +27,6 @@ class SingleStrategy(Strategy):
         experts: Mapping[str, Expert],
         context: RequestContext,
     ) -> AsyncGenerator[Chunk, None]:
-        """Stream the first expert's answer."""
-        return stream_one(decision.experts[0], request, experts, context)
+        """Stream the first expert's answer; of an expert asked by name, whatever it is."""
+        named = decision.route is None
+        return stream_one(decision.experts[0], request, experts, context, check=not named)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -149,3 +150,66 @@ async def test_closed_expert_is_unavailable():
         await expert.check_health()
     with pytest.raises(errors.ExpertUnavailableError):
         await _ask(expert)
+
+
+def _faulty(kind, *rules, share=1.0):
+    faults = {"share": share, "kinds": [kind], "seed": 3}
+    return _expert(*rules, faults=faults)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "pieces"),
+    [
+        ("error", errors.ExpertFailedError, 0),
+        ("timeout", errors.ExpertTimeoutError, 0),
+        ("hang", errors.ExpertTimeoutError, 0),
+        ("broken", errors.ExpertFailedError, 1),
+    ],
+)
+async def test_faults_are_errors_before_or_after_the_first_piece(kind, error, pieces):
+    stream = _faulty(kind).stream(_chat(), timeout_s=0.05)
+    for _ in range(pieces):
+        await anext(stream)
+    with pytest.raises(error):
+        await anext(stream)
+
+
+async def test_a_truncated_answer_says_so():
+    answer = await _ask(_faulty("truncated", ScriptRule(answer="1 2 3 4")))
+    assert (answer.text, answer.choices[0].finish_reason) == ("1 2", "length")
+
+
+async def test_garbage_is_no_json_where_json_is_wanted_and_leaves_other_answers_alone():
+    garbage = _faulty("garbage", ScriptRule(answer='{"a": 1}'))
+    assert (await _ask(garbage)).text == '{"a": 1}'
+    answer = await _ask(garbage, _chat(response_format={"type": "json_object"}))
+    with pytest.raises(ValueError, match="Expecting"):
+        json.loads(answer.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("truncated", "length"), ("garbage", "tool_calls"), ("broken", None)]
+)
+async def test_faulty_tool_calls_have_half_of_their_arguments(kind, reason):
+    call = ScriptedToolCall(name="f", arguments={"city": "Graz"})
+    request = _chat(tools=[{"type": "function", "function": {"name": "f"}}])
+    first = await anext(_faulty(kind, ScriptRule(tool_call=call)).stream(request, timeout_s=5))
+    assert first.tool_calls[0]["function"]["arguments"] == '{"city":'
+    assert first.finish_reason == reason
+
+
+async def test_faults_come_in_their_share_and_the_same_every_time():
+    async def outcomes():
+        expert = _faulty("error", share=0.3)
+        found = []
+        for _ in range(500):
+            try:
+                await _ask(expert)
+                found.append(True)
+            except errors.ExpertFailedError:
+                found.append(False)
+        return found
+
+    first = await outcomes()
+    assert first == await outcomes()
+    assert 0.6 < sum(first) / len(first) < 0.8
