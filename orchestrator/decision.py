@@ -101,6 +101,7 @@ class RequestContext:
         received: Moment on the monotonic clock when the request came.
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
+        composing: Whether several are asked, so that it is open who answers until ``answered_by``.
     """
 
     deadline: float
@@ -109,6 +110,7 @@ class RequestContext:
     received: float = field(default_factory=time.monotonic)
     router_s: float = 0.0
     answered_by: str | None = None
+    composing: bool = False
 
     @property
     def remaining_s(self) -> float:
@@ -122,8 +124,10 @@ class RequestContext:
 
     @property
     def expert(self) -> str | None:
-        """Who answers: named by the strategy, else asked last; none before anybody was asked."""
-        return self.answered_by or (self.calls[-1].expert if self.calls else None)
+        """Who answers: named by the strategy, else asked last; none as long as it is open."""
+        if self.answered_by or self.composing:
+            return self.answered_by
+        return self.calls[-1].expert if self.calls else None
 
     @property
     def usage(self) -> Usage:

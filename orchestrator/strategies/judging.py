@@ -22,7 +22,16 @@ from orchestrator.decision import RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.strategies.calls import answer, asking
 
-__all__ = ["UNREADABLE", "ExpertJudge", "Judge", "Verdict", "conversation", "spoken"]
+__all__ = [
+    "UNREADABLE",
+    "ExpertJudge",
+    "Judge",
+    "Verdict",
+    "conversation",
+    "mark_of",
+    "marked",
+    "spoken",
+]
 
 # The error of a judge's call whose verdict nobody can read; in telemetry beside experts' errors.
 UNREADABLE = "UnreadableVerdict"
@@ -142,11 +151,11 @@ class ExpertJudge:
     async def grade(self, request: AnyRequest, completion: Completion) -> Verdict:
         """How good an answer is, from 0 (useless) to 1 (perfect)."""
         question, given = conversation(request), spoken(completion)
-        mark = _mark(question, given)
+        mark = mark_of(question, given)
         prompt = _GRADE_PROMPT.format(
             rules=_RULES,
-            question=_marked("question", mark, question),
-            answer=_marked("answer", mark, given),
+            question=marked("question", mark, question),
+            answer=marked("answer", mark, given),
             full=_FULL_MARKS,
         )
         return await self._ask(prompt, (given, question), _grade)
@@ -166,12 +175,12 @@ class ExpertJudge:
         self, request: AnyRequest, first: Completion, second: Completion
     ) -> Verdict:
         question, one, two = conversation(request), spoken(first), spoken(second)
-        mark = _mark(question, one, two)
+        mark = mark_of(question, one, two)
         prompt = _COMPARE_PROMPT.format(
             rules=_RULES,
-            question=_marked("question", mark, question),
-            first=_marked("answer A", mark, one),
-            second=_marked("answer B", mark, two),
+            question=marked("question", mark, question),
+            first=marked("answer A", mark, one),
+            second=marked("answer B", mark, two),
         )
         return await self._ask(prompt, (one, two, question), _share)
 
@@ -214,12 +223,14 @@ def _with_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(filter(None, (text.strip(), *(f"tool call: {line}" for line in lines))))
 
 
-def _mark(*texts: str) -> str:
-    # The same for the same texts, so that a verdict can be repeated, and known to none of them.
+def mark_of(*texts: str) -> str:
+    """A mark that none of the texts holds."""
+    # By hash: the same prompt for the same texts, so that a verdict can be repeated.
     return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:12]
 
 
-def _marked(name: str, mark: str, text: str) -> str:
+def marked(name: str, mark: str, text: str) -> str:
+    """A text as material in a prompt, between marks it cannot know; see ``mark_of``."""
     return f"[{name} {mark}]\n{text}\n[end of {name} {mark}]"
 
 
