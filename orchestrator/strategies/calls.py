@@ -162,9 +162,9 @@ async def answers(
             task.cancel()
         if waiting:
             await asyncio.wait(waiting)
-            for task in waiting:
-                if not task.cancelled():
-                    task.exception()  # looked at, or asyncio would log it
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio would log it
 
 
 def plain(request: AnyRequest) -> AnyRequest:
