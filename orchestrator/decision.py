@@ -107,6 +107,7 @@ class RequestContext:
         scope: Whose request it is: a hash of the API key. What is remembered belongs to a scope.
         reroute: Decides anew, by the same route among the same candidates, for strategies whose
             next step depends on what is there so far; none where an expert was named.
+        composing: Whether several are asked, so that it is open who answers until ``answered_by``.
     """
 
     deadline: float
@@ -117,6 +118,7 @@ class RequestContext:
     answered_by: str | None = None
     scope: str = "public"
     reroute: Callable[[AnyRequest], Awaitable[Decision]] | None = None
+    composing: bool = False
 
     @property
     def remaining_s(self) -> float:
@@ -130,8 +132,10 @@ class RequestContext:
 
     @property
     def expert(self) -> str | None:
-        """Who answers: named by the strategy, else asked last; none before anybody was asked."""
-        return self.answered_by or (self.calls[-1].expert if self.calls else None)
+        """Who answers: named by the strategy, else asked last; none as long as it is open."""
+        if self.answered_by or self.composing:
+            return self.answered_by
+        return self.calls[-1].expert if self.calls else None
 
     @property
     def usage(self) -> Usage:

@@ -5,18 +5,19 @@ They run a strategy over scripted experts, so they need no model, no network and
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from experts.config import ScriptedExpertConfig
 from experts.errors import ExpertError, ExpertTimeoutError, InvalidRequestError
 from experts.scripted import ScriptedExpert
-from experts.types import ChatRequest, Chunk, Completion, collect
+from experts.types import ChatRequest, Chunk, Completion, Usage, collect
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.base import Strategy
 
-__all__ = ["StrategyCheck", "StrategyRun", "scripted", "strategy_checks"]
+__all__ = ["StrategyCheck", "StrategyRun", "scripted", "several_checks", "strategy_checks"]
 
 StrategyCheck = Callable[[Strategy], Awaitable[None]]
 
@@ -37,6 +38,11 @@ class StrategyRun:
         experts: Whom it may ask, best first.
         stream: Whether the client wants a stream.
         timeout_s: Seconds for the request.
+        max_cost_usd: Its cost limit.
+        fields: Further fields of the request.
+        decided: Further facts of the decision.
+        helpers: Experts that the strategy names itself, such as a judge; those that are not given
+            stand by and say their name.
     """
 
     def __init__(
@@ -46,13 +52,20 @@ class StrategyRun:
         *,
         stream: bool = True,
         timeout_s: float = 5.0,
+        max_cost_usd: float | None = None,
+        fields: Mapping[str, Any] | None = None,
+        decided: Mapping[str, Any] | None = None,
+        helpers: Sequence[ScriptedExpert] = (),
     ) -> None:
-        self.experts = {expert.card.name: expert for expert in experts}
-        self.context = RequestContext(deadline=time.monotonic() + timeout_s)
+        names = tuple(expert.card.name for expert in experts)
+        self.experts = {expert.card.name: expert for expert in (*experts, *helpers)}
+        for name in strategy.named_experts:
+            self.experts.setdefault(name, scripted(name))
+        self.context = RequestContext(time.monotonic() + timeout_s, max_cost_usd)
         request = ChatRequest.model_validate(
-            {"messages": [{"role": "user", "content": "hello"}], "stream": stream}
+            {"messages": [{"role": "user", "content": "hello"}], "stream": stream, **(fields or {})}
         )
-        decision = Decision(experts=tuple(self.experts), strategy=strategy.type)
+        decision = Decision(experts=names, strategy=strategy.type, **(decided or {}))
         self.chunks: AsyncGenerator[Chunk, None] = strategy.run(
             request, decision, self.experts, self.context
         )
@@ -169,4 +182,93 @@ def strategy_checks() -> list[StrategyCheck]:
         check_closing_frees_the_expert,
         check_experts_are_free_at_the_end,
         check_plain_and_streamed_answers_are_equal,
+    ]
+
+
+async def check_the_first_wins_where_nothing_speaks_against_it(strategy: Strategy) -> None:
+    """Answers of which none is known to be better: the decision's first expert's is given."""
+    run = StrategyRun(strategy, [scripted("first"), scripted("second")])
+    assert (await run.answer()).text == "first"
+    assert run.context.expert == "first"
+
+
+async def check_whose_answer_it_is_is_known_with_its_first_chunk(strategy: Strategy) -> None:
+    """Headers are sent with the first chunk: who is asked and who answers is settled by then."""
+    run = StrategyRun(strategy, [scripted("first", answer="a b c"), scripted("second")])
+    while (await anext(run.chunks)).progress is not None:
+        assert run.context.expert is None
+    path, expert = list(run.context.path), run.context.expert
+    await run.answer()
+    assert (run.context.path, run.context.expert) == (path, expert)
+    assert expert == "first"
+
+
+async def check_an_answer_that_breaks_off_is_none(strategy: Strategy) -> None:
+    """Nothing of an answer leaves before it is whole, so that others can take its place."""
+    broken = scripted("first", answer="a b c", error="failed", error_after_chunks=1)
+    for stream in (True, False):
+        run = StrategyRun(strategy, [broken, scripted("second")], stream=stream)
+        assert (await run.answer()).text == "second"
+        assert run.context.expert == "second"
+
+
+async def check_wrong_requests_are_refused_while_others_are_busy(strategy: Strategy) -> None:
+    """A wrong request would meet every expert: who was asked with it is freed."""
+    experts = [scripted("first", error="invalid"), scripted("second", delay_s=30)]
+    run = StrategyRun(strategy, experts)
+    assert isinstance(await run.error(), InvalidRequestError)
+    assert all(expert.active == 0 for expert in run.experts.values())
+
+
+async def check_closing_frees_all_experts(strategy: Strategy) -> None:
+    """A client that leaves cancels everybody who was asked."""
+    run = StrategyRun(strategy, [scripted("first", delay_s=30), scripted("second", delay_s=30)])
+    waiting = asyncio.ensure_future(anext(run.chunks))
+    await asyncio.sleep(0.05)
+    assert all(run.experts[name].active for name in ("first", "second"))
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    await run.chunks.aclose()
+    assert all(expert.active == 0 for expert in run.experts.values())
+    assert all(call.seconds is not None for call in run.context.calls)
+
+
+async def check_usage_is_that_of_all_calls(strategy: Strategy) -> None:
+    """What is paid for is the sum, and the last chunk says so."""
+    run = StrategyRun(strategy, [scripted("first"), scripted("second")])
+    usage = (await run.answer()).usage
+    assert usage == run.context.usage == sum((c.usage for c in run.context.calls), Usage())
+    assert len(run.context.calls) > 1
+
+
+async def check_requests_for_several_answers_fall_back(strategy: Strategy) -> None:
+    """Several answers are not composed: one expert gives them all."""
+    experts = [scripted("first", error="unavailable"), scripted("second"), scripted("third")]
+    run = StrategyRun(strategy, experts, fields={"n": 2})
+    assert [choice.text for choice in (await run.answer()).choices] == ["second"] * 2
+    assert run.context.path == ["first", "second"]
+
+
+def several_checks() -> list[StrategyCheck]:
+    """All checks of strategies that ask several before the first byte leaves.
+
+    They have several experts in the path, free all of them, and can still replace an answer that
+    breaks off; the checks that say otherwise have others in their place.
+    """
+    replaced = {
+        check_first_expert_answers,
+        check_path_is_known_with_first_chunk,
+        check_nothing_follows_an_error_after_the_first_chunk,
+        check_wrong_requests_are_refused_at_once,
+        check_closing_frees_the_expert,
+    }
+    return [
+        *(check for check in strategy_checks() if check not in replaced),
+        check_the_first_wins_where_nothing_speaks_against_it,
+        check_whose_answer_it_is_is_known_with_its_first_chunk,
+        check_an_answer_that_breaks_off_is_none,
+        check_wrong_requests_are_refused_while_others_are_busy,
+        check_closing_frees_all_experts,
+        check_usage_is_that_of_all_calls,
+        check_requests_for_several_answers_fall_back,
     ]

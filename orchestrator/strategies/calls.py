@@ -176,7 +176,7 @@ async def answers(
                 else:
                     yield Answer(found.expert, found.completion, tasks[task])
     finally:
-        await freed(waiting)
+        await freed(tasks)
 
 
 async def freed(tasks: Iterable[asyncio.Task[Any]]) -> None:

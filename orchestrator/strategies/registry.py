@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.strategies.best_of import BestOfStrategy
 from orchestrator.strategies.chain import ChainStrategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.fusion import FusionStrategy
 from orchestrator.strategies.hedge import HedgeStrategy
 from orchestrator.strategies.single import SingleStrategy
+from orchestrator.strategies.vote import VoteStrategy
 
 __all__ = ["AnyStrategy"]
 
@@ -21,7 +23,13 @@ def _typed(fields: Any) -> Any:
 
 
 AnyStrategy = Annotated[
-    SingleStrategy | FallbackStrategy | FusionStrategy | HedgeStrategy | ChainStrategy,
+    SingleStrategy
+    | FallbackStrategy
+    | VoteStrategy
+    | BestOfStrategy
+    | FusionStrategy
+    | HedgeStrategy
+    | ChainStrategy,
     Field(discriminator="type"),
     BeforeValidator(_typed),
 ]
