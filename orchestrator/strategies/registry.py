@@ -6,9 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from orchestrator.strategies.cascade import CascadeStrategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.single import SingleStrategy
 
 __all__ = ["AnyStrategy"]
 
-AnyStrategy = Annotated[SingleStrategy | FallbackStrategy, Field(discriminator="type")]
+AnyStrategy = Annotated[
+    SingleStrategy | FallbackStrategy | CascadeStrategy, Field(discriminator="type")
+]
