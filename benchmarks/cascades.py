@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from benchmarks.cost_curves import TABLES, Costs, cells, load
 from benchmarks.pages import command_line, parser_of, with_interval, write
-from benchmarks.tables import part
 from evals.calibrate import find_price
 from evals.cascades import (
     Cells,
@@ -220,8 +219,7 @@ def stand_ins(tuned: Part, judged: Part, best: int, strength: float, seed: int) 
 def run(data: Path, name: str, split: str, seed: int) -> dict[str, Any]:
     """Everything about one table."""
     kind, table = TABLES[name], load(data, name)
-    whole = part(table, table.rows("train"), table.rows("train"))
-    router = get_router_class(ROUTER)().fit(whole)
+    router = get_router_class(ROUTER)().fit(table)
     timed = OutcomeTable.load(data / kind.folder)
     tuned = Part(router, table, timed, kind, "validation")
     judged = Part(router, table, timed, kind, split)
