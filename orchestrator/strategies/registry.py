@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from orchestrator.strategies.best_of import BestOfStrategy
+from orchestrator.strategies.cascade import CascadeStrategy
 from orchestrator.strategies.chain import ChainStrategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.fusion import FusionStrategy
@@ -25,6 +26,7 @@ def _typed(fields: Any) -> Any:
 AnyStrategy = Annotated[
     SingleStrategy
     | FallbackStrategy
+    | CascadeStrategy
     | VoteStrategy
     | BestOfStrategy
     | FusionStrategy
