@@ -6,9 +6,12 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experts.types import Usage
+
+if TYPE_CHECKING:
+    from orchestrator.learning.learner import Lesson
 
 __all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
 
@@ -101,6 +104,9 @@ class RequestContext:
         received: Moment on the monotonic clock when the request came.
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
+        client: Hash of the client's API key; none where no key is asked for.
+        session: The request's session id, if it has one.
+        lesson: What feedback on the answer can be learnt from, if anything is.
     """
 
     deadline: float
@@ -109,6 +115,9 @@ class RequestContext:
     received: float = field(default_factory=time.monotonic)
     router_s: float = 0.0
     answered_by: str | None = None
+    client: str | None = None
+    session: str | None = None
+    lesson: Lesson | None = None
 
     @property
     def remaining_s(self) -> float:

@@ -23,7 +23,7 @@ from orchestrator.http.body import parse_body
 from orchestrator.http.encoding import JSONBytes, encode
 from orchestrator.http.errors import error_object, error_response, status_of
 from orchestrator.http.openai_shapes import AnswerShape
-from orchestrator.http.requests import PREFIX, ChatBody, CompletionBody, options_of
+from orchestrator.http.requests import PREFIX, ChatBody, CompletionBody, client_of, options_of
 from orchestrator.http.streaming import (
     DONE,
     ClientLeft,
@@ -100,6 +100,7 @@ class _Turn:
             own = self.context.received + options.deadline_ms / 1000
             self.context.deadline = min(self.context.deadline, own)
         self.context.max_cost_usd = options.max_cost
+        self.context.session = options.session_id
 
     @property
     def model(self) -> str:
@@ -125,7 +126,8 @@ class Generation:
         self._orchestrator = orchestrator
         self._telemetry = telemetry
         self._admission = admission
-        self._limits = orchestrator.config.server.limits
+        self._server = orchestrator.config.server
+        self._limits = self._server.limits
         self._fingerprint = orchestrator.config.fingerprint
 
     async def respond(
@@ -173,6 +175,7 @@ class Generation:
         )
         options = options_of(http, request)
         turn.limit(options)
+        turn.context.client = client_of(http, self._server)
         if options.priority == "low":
             self._admission.check_low_priority()
         turn.decision = decision = await self._orchestrator.decide(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from experts.types import ChatRequest, CompletionRequest
+from orchestrator.config import ServerConfig
 from orchestrator.errors import BadRequestError
 from orchestrator.options import RoutingOptions
 
-__all__ = ["OPTION_HEADERS", "PREFIX", "ChatBody", "CompletionBody", "options_of"]
+__all__ = ["OPTION_HEADERS", "PREFIX", "ChatBody", "CompletionBody", "client_of", "options_of"]
 
 PREFIX = "x-collegium-"
 
@@ -25,6 +27,16 @@ class ChatBody(ChatRequest, RoutingOptions):
 
 class CompletionBody(CompletionRequest, RoutingOptions):
     """Body of ``POST /v1/completions``."""
+
+
+def client_of(http: Request, config: ServerConfig) -> str | None:
+    """A hash of the client's API key.
+
+    None where no key is asked for: what clients send then may be the same for all of them.
+    """
+    if config.api_keys_env is None:
+        return None
+    return hashlib.sha256(http.headers.get("authorization", "").encode()).hexdigest()[:16]
 
 
 def options_of(http: Request, body: RoutingOptions) -> RoutingOptions:
