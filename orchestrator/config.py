@@ -24,6 +24,7 @@ from experts.config import EnvironmentName, ExpertConfig, cards_of
 from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
+from orchestrator.learning.config import LearningConfig
 from orchestrator.memory.config import MemoryConfig, SQLiteMemoryConfig
 from orchestrator.policies import PolicyConfig, UtilityPolicy
 from orchestrator.strategies.fallback import FallbackStrategy
@@ -94,6 +95,8 @@ class RouteConfig(StrictModel):
     """How the chosen experts' answers become one."""
     experts: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the experts to choose from; none means all that the router knows."""
+    learning: LearningConfig | None = None
+    """How feedback corrects the router's predictions; none leaves them alone."""
 
 
 class LimitsConfig(StrictModel):

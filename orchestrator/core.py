@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from experts.base import AnyRequest, Expert
@@ -21,10 +21,12 @@ from orchestrator.config import (
     StaticRouterConfig,
 )
 from orchestrator.costs import ExpectedCosts, cost_unit
-from orchestrator.decision import Candidate, Decision, RequestContext
+from orchestrator.decision import Candidate, Decision, RequestContext, new_decision_id
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
-from orchestrator.memory.decisions import DecisionLog
-from orchestrator.memory.feedback import FeedbackLog
+from orchestrator.learning.feedback import Learning
+from orchestrator.learning.learner import Learner, Lesson
+from orchestrator.memory.decisions import DecisionLog, DecisionRecord
+from orchestrator.memory.feedback import Feedback, FeedbackLog
 from orchestrator.memory.guard import Memory
 from orchestrator.memory.sqlite import SQLiteStore
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
@@ -63,6 +65,7 @@ class _Route:
     excluded: Mapping[str, str]
     costs: ExpectedCosts
     release: str | None
+    learner: Learner | None = None
 
 
 def load_routers(config: CollegiumConfig) -> dict[str, Router]:
@@ -128,6 +131,10 @@ class Orchestrator:
         self.memory = memory or Memory(SQLiteStore(max_records=config.memory.max_records))
         self.decisions = DecisionLog(self.memory)
         self.feedback = FeedbackLog(self.memory, self.decisions)
+        self.feedback.on_feedback.append(self._taught)
+        self.learning = Learning(
+            {name: route.learner for name, route in self.routes.items() if route.learner}
+        )
 
     def _take_up(self, name: str, router: Router, release: str) -> None:
         """Use a router in the place of another; requests under way keep the one they began with."""
@@ -147,7 +154,8 @@ class Orchestrator:
     ) -> Decision:
         """Decide who shall answer.
 
-        The decision depends on this request and the config alone.
+        The decision depends on this request, the config, and what the route has learnt from
+        feedback by now; never on other requests in work.
 
         Args:
             request: The request; its ``model`` names an expert or a route.
@@ -179,10 +187,16 @@ class Orchestrator:
         if not pool:
             raise EmptyPoolError(name, excluded)
         started = time.monotonic()
-        prediction = await self._predict(route.router, prompt_text(request), pool)
+        text = prompt_text(request)
+        prediction = await self._predict(route.router, text, pool)
+        features = await self._features(route.learner, text)
         if context is not None:
             context.router_s = time.monotonic() - started
-        return _decision(name, request, route, pool, excluded, prediction, options)
+            if features is not None:
+                quality = prediction.quality[0].tolist()
+                priors = {card.name: q for card, q in zip(pool, quality, strict=True)}
+                context.lesson = Lesson(name, priors=priors, features=features)
+        return _decision(name, request, route, pool, excluded, prediction, features, options)
 
     async def _predict(self, router: Router, text: str, pool: Sequence[ExpertCard]) -> Prediction:
         queries, candidates = [Query(text)], [card.name for card in pool]
@@ -191,6 +205,13 @@ class Orchestrator:
             return router.predict(queries, candidates)
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, router.predict, queries, candidates
+        )
+
+    async def _features(self, learner: Learner | None, text: str) -> NDArray[np.float16] | None:
+        if learner is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, learner.features, text
         )
 
     def _decide_named(self, request: AnyRequest, options: RoutingOptions) -> Decision:
@@ -217,7 +238,38 @@ class Orchestrator:
         strategy = route.config.strategy if route else self._single
         if route:
             context.reroute = lambda further: self.decide(further, options=_as_decided(decision))
-        return strategy.run(request, decision, self.experts, context)
+        chunks = strategy.run(request, decision, self.experts, context)
+        if context.lesson is None:
+            return chunks
+        return self.learning.followed(chunks, request, decision, context)
+
+    async def _taught(self, decision: DecisionRecord, feedback: Feedback) -> None:
+        if feedback.rating is not None:
+            self.learn(feedback.decision_id, feedback.rating)
+        elif feedback.preferred_over is not None:
+            self.learn_preference(feedback.decision_id, feedback.preferred_over)
+
+    def learn(self, decision_id: str, reward: float) -> bool:
+        """Learn how good an answer was.
+
+        Args:
+            decision_id: Of the decision it was given by.
+            reward: In [0, 1].
+
+        Returns:
+            Whether anything was learnt: not of decisions that are unknown here, long past, or
+            taught before, nor where the route does not learn.
+        """
+        return self.learning.learn(decision_id, reward)
+
+    def learn_preference(self, better_id: str, worse_id: str) -> bool:
+        """Learn that one answer was preferred to another; returns as ``learn`` does.
+
+        Args:
+            better_id: Of the decision whose answer was preferred.
+            worse_id: Of the other, by the same route.
+        """
+        return self.learning.learn_preference(better_id, worse_id)
 
     async def check_health(self) -> dict[str, BaseException | None]:
         """The state of every expert: none if it can answer, else what is wrong."""
@@ -277,7 +329,8 @@ def _build_route(
     able = [cards[expert] for expert in allowed]
     unit = cost_unit(route.policy.cost, able, measured)
     costs = ExpectedCosts.of(able, measured, unit)
-    return _Route(route, router, allowed, excluded, costs, release)
+    learner = Learner(route.learning, allowed) if route.learning else None
+    return _Route(route, router, allowed, excluded, costs, release, learner)
 
 
 def _decision(
@@ -287,6 +340,7 @@ def _decision(
     pool: Sequence[ExpertCard],
     excluded: Mapping[str, str],
     prediction: Prediction,
+    features: NDArray[np.float16] | None,
     options: RoutingOptions,
 ) -> Decision:
     if options.top_k is not None and options.top_k > MAX_EXPERTS:
@@ -297,9 +351,15 @@ def _decision(
         )
     policy, names = route.config.policy, [card.name for card in pool]
     knob = policy.cost_quality if options.cost_quality is None else options.cost_quality
-    quality = prediction.quality
+    quality: NDArray[np.floating] = prediction.quality
+    why, decision_id = prediction.explanations[0], new_decision_id()
     expected = route.costs.only(names)
     usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
+    hopes = quality
+    if route.learner is not None and features is not None:
+        learnt = route.learner.correct(decision_id, features, quality, names, usd)
+        quality, hopes = learnt.quality, learnt.quality + learnt.bonus
+        why = replace(why, detail={**why.detail, "learning": learnt.detail})
     refused = below_quality(quality[0], names, options.min_quality or 0.0)
     refused |= _too_dear(names, usd, options)
     if refused:
@@ -308,16 +368,16 @@ def _decision(
         excluded = {**excluded, **refused}
         if not kept:
             raise EmptyPoolError(name, excluded)
-        names, quality, usd = [names[j] for j in kept], quality[:, kept], usd[:, kept]
+        names, usd = [names[j] for j in kept], usd[:, kept]
+        quality, hopes = quality[:, kept], hopes[:, kept]
         expected = route.costs.only(names)
     costs = expected.in_unit(usd)
-    utilities = policy.utilities(names, quality, costs, cost_quality=knob)[0].tolist()
+    utilities = policy.utilities(names, hopes, costs, cost_quality=knob)[0].tolist()
     qualities = quality[0].tolist()
     candidates = tuple(
         Candidate(names[j], qualities[j], float(usd[0, j]), utilities[j])
         for j in order_by_utility(utilities, costs[0].tolist())
     )
-    why = prediction.explanations[0]
     width = options.top_k or policy.width([one.quality or 0.0 for one in candidates])
     return Decision(
         experts=tuple(candidate.expert for candidate in candidates),
@@ -334,6 +394,7 @@ def _decision(
         confidence=why.confidence,
         fallback=why.fallback,
         detail=why.detail,
+        id=decision_id,
     )
 
 

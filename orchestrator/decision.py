@@ -6,12 +6,18 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experts.base import AnyRequest
 from experts.types import Usage
 
-__all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
+if TYPE_CHECKING:
+    from orchestrator.learning.learner import Lesson
+
+__all__ = ["PUBLIC", "Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
+
+# The scope of requests without a key.
+PUBLIC = "public"
 
 
 def new_decision_id() -> str:
@@ -108,6 +114,8 @@ class RequestContext:
         reroute: Decides anew, by the same route among the same candidates, for strategies whose
             next step depends on what is there so far; none where an expert was named.
         composing: Whether several are asked, so that it is open who answers until ``answered_by``.
+        session_id: The request's session id, if it has one.
+        lesson: What feedback on the answer can be learnt from, if anything is.
     """
 
     deadline: float
@@ -116,9 +124,11 @@ class RequestContext:
     received: float = field(default_factory=time.monotonic)
     router_s: float = 0.0
     answered_by: str | None = None
-    scope: str = "public"
+    scope: str = PUBLIC
     reroute: Callable[[AnyRequest], Awaitable[Decision]] | None = None
     composing: bool = False
+    session_id: str | None = None
+    lesson: Lesson | None = None
 
     @property
     def remaining_s(self) -> float:

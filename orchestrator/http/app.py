@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from experts.errors import ExpertError
 from orchestrator.core import Orchestrator
+from orchestrator.decision import PUBLIC
 from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
 from orchestrator.http import errors, schemas
 from orchestrator.http.admission import Admission
@@ -33,9 +34,6 @@ from orchestrator.telemetry import CONTENT_TYPE_LATEST, Telemetry
 from orchestrator.version import version
 
 __all__ = ["create_app"]
-
-# Whose requests are those without keys.
-PUBLIC = "public"
 
 _COMPONENTS = "#/components/schemas/{model}"
 

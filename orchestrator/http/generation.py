@@ -94,16 +94,15 @@ class _Turn:
     decision: Decision | None = None
     status: int = CLIENT_LEFT_STATUS
     usage: Usage | None = None
-    session_id: str | None = None
     ended: bool = False
 
     def take(self, options: RoutingOptions) -> None:
         """Keep to the request's own deadline and cost limit, and know its session."""
-        self.session_id = options.session_id
         if options.deadline_ms is not None:
             own = self.context.received + options.deadline_ms / 1000
             self.context.deadline = min(self.context.deadline, own)
         self.context.max_cost_usd = options.max_cost
+        self.context.session_id = options.session_id
 
     @property
     def model(self) -> str:
@@ -129,7 +128,8 @@ class Generation:
         self._orchestrator = orchestrator
         self._telemetry = telemetry
         self._admission = admission
-        self._limits = orchestrator.config.server.limits
+        self._server = orchestrator.config.server
+        self._limits = self._server.limits
         self._fingerprint = orchestrator.config.fingerprint
         budget = orchestrator.config.server.budget
         self._budget = Budget(orchestrator.memory, budget.usd_per_day) if budget else None
@@ -181,7 +181,7 @@ class Generation:
             context,
             model=turn.request.model,
             status=turn.status,
-            session_id=turn.session_id,
+            session_id=turn.context.session_id,
         )
         self._orchestrator.decisions.add(record)
         if self._budget is not None:

@@ -1,0 +1,317 @@
+"""A contextual bandit that learns how far each expert is from its predicted quality.
+
+It knows experts by name and queries by their features; nothing of requests, routes or feedback.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import random
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from routers.base import RouterError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Adjustment", "LinUCB", "features_of"]
+
+# Between two factorisations the penalty fades along with the observations; by so much at most.
+LEAST_FADING = 0.9
+# Rank-one updates between two factorisations at most, so that rounding errors do not pile up.
+MAX_UPDATES = 512
+SEED = 0
+
+
+def features_of(vector: NDArray[np.floating], dimensions: int) -> NDArray[np.float16]:
+    """What the bandit knows of a query: its vector in fewer dimensions, and a constant 1.
+
+    Half precision, because features wait for feedback in memory; whoever decides and whoever learns
+    must see the same.
+
+    Args:
+        vector: Of the query, length 1.
+        dimensions: How many to keep; as many as the vector has or more keeps all.
+
+    Returns:
+        Shape (dimensions + 1,).
+
+    References:
+        Achlioptas, "Database-friendly random projections" (Journal of Computer and System Sciences
+        66, 2003): signs alone keep distances.
+    """
+    import numpy as np
+
+    kept = vector
+    if dimensions < len(vector):
+        kept = vector @ _signs(len(vector), dimensions)
+    return np.append(kept, 1.0).astype(np.float16)
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(width: int, dimensions: int) -> NDArray[np.float64]:
+    """A projection that is the same on every machine and with every version of NumPy."""
+    import numpy as np
+
+    bits = random.Random(SEED).getrandbits(width * dimensions)
+    packed = np.frombuffer(bits.to_bytes((width * dimensions + 7) // 8, "little"), np.uint8)
+    ones = np.unpackbits(packed, count=width * dimensions).reshape(width, dimensions)
+    return np.asarray((2.0 * ones - 1.0) / dimensions**0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """What feedback makes of predicted quality.
+
+    Attributes:
+        quality: Predicted and learnt together, in [0, 1], shape (n_candidates,).
+        uncertainty: Standard deviation of what was learnt, in that of one observation, same shape.
+            Optimism adds some of it to quality.
+    """
+
+    quality: NDArray[np.float64]
+    uncertainty: NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over observations; those of several replicas add up.
+
+    Attributes:
+        ticks: How many observations there were, of all experts.
+        grams: Sums of outer products of features, shape (n_experts, n_features, n_features).
+        moments: Sums of features times rewards less predictions, shape (n_experts, n_features).
+    """
+
+    ticks: float
+    grams: NDArray[np.float64]
+    moments: NDArray[np.float64]
+
+    @classmethod
+    def zero(cls, n_experts: int, n_features: int) -> _Sums:
+        import numpy as np
+
+        return cls(
+            0.0,
+            np.zeros((n_experts, n_features, n_features)),
+            np.zeros((n_experts, n_features)),
+        )
+
+    def scale(self, factor: float) -> None:
+        """Let all observations count so much of what they did."""
+        self.grams *= factor
+        self.moments *= factor
+
+
+class LinUCB:
+    """Ridge regression per expert from a query's features to reward less predicted quality.
+
+    Without an observation it changes nothing, bit for bit. Observations of any expert let all
+    older ones count less (``forgetting``), so that an expert nobody asked for long becomes
+    uncertain again and is found out if it has improved; the penalty is not forgotten, so that
+    quality falls back to the prediction instead of to noise.
+
+    An update costs O(n_features²), by Sherman and Morrison's formula, and every so many updates an
+    exact factorisation of all experts' matrices. Not safe for threads: the event loop owns it.
+
+    Args:
+        experts: Names.
+        n_features: Length of features.
+        forgetting: What an observation counts one observation later, in (0, 1]; 1 never forgets.
+        penalty: How many observations the prediction counts for.
+
+    References:
+        Li et al., "A Contextual-Bandit Approach to Personalized News Article Recommendation"
+        (arXiv:1003.0146), disjoint LinUCB. Russac et al., "Weighted Linear Bandits for
+        Non-Stationary Environments" (arXiv:1909.09146) for geometric weights. Departs from them in
+        learning the residual of a prediction, and in the uncertainty, which is that of plain LinUCB
+        at the discounted matrix.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        n_features: int,
+        *,
+        forgetting: float,
+        penalty: float,
+    ) -> None:
+        self.experts = list(experts)
+        self.n_features = n_features
+        self.forgetting = forgetting
+        self.penalty = penalty
+        self._positions = {name: place for place, name in enumerate(self.experts)}
+        self._sums = _Sums.zero(len(self.experts), n_features)
+        self._changes = _Sums.zero(len(self.experts), n_features)
+        # Sums are kept divided by this, so that forgetting costs one multiplication.
+        self._fading = 1.0
+        self._factorise()
+
+    @property
+    def observations(self) -> float:
+        """How many it has learnt from, weights added up, before anything was forgotten."""
+        return self._sums.ticks
+
+    def adjust(
+        self,
+        features: NDArray[np.floating],
+        quality: NDArray[np.floating],
+        candidates: Sequence[str],
+    ) -> Adjustment:
+        """Correct predicted quality by what was learnt. Changes nothing.
+
+        Args:
+            features: Of the query, shape (n_features,).
+            quality: Predicted, shape (n_candidates,).
+            candidates: Their names.
+
+        Raises:
+            KeyError: A candidate is none of the experts.
+        """
+        import numpy as np
+
+        places = [self._positions[name] for name in candidates]
+        inputs = features.astype(np.float64)
+        learnt = (self._weights[places] * inputs).sum(axis=1)
+        spread = (inputs @ self._inverses[places] @ inputs) / self._fading
+        return Adjustment(np.clip(quality + learnt, 0.0, 1.0), np.sqrt(np.maximum(spread, 0.0)))
+
+    def update(
+        self,
+        features: NDArray[np.floating],
+        expert: str,
+        reward: float,
+        prior: float,
+        *,
+        weight: float = 1.0,
+    ) -> None:
+        """Learn from one answer.
+
+        Args:
+            features: Of the query, as given to ``adjust``.
+            expert: Who answered.
+            reward: How good the answer was. Preferences make rewards outside [0, 1].
+            prior: The expert's predicted quality, as given to ``adjust``.
+            weight: How many observations it counts for.
+
+        Raises:
+            KeyError: The expert is unknown.
+            ValueError: A number is not finite, or the weight not above 0.
+        """
+        import numpy as np
+
+        place, inputs = self._positions[expert], features.astype(np.float64)
+        known = np.isfinite(reward) and np.isfinite(prior) and np.isfinite(inputs).all()
+        if not known or not 0 < weight < np.inf:
+            raise ValueError(f"cannot learn from reward {reward}, prior {prior}, weight {weight}")
+        self._fading *= self.forgetting**weight
+        share = weight / self._fading
+        for sums in (self._sums, self._changes):
+            sums.ticks += weight
+            sums.grams[place] += share * np.outer(inputs, inputs)
+            sums.moments[place] += share * (reward - prior) * inputs
+        self._updates += 1
+        if self._fading < LEAST_FADING or self._updates >= MAX_UPDATES:
+            self._factorise()
+            return
+        inverse = self._inverses[place]
+        towards = inverse @ inputs
+        inverse -= np.outer(towards, towards) * (share / (1.0 + share * (inputs @ towards)))
+        self._weights[place] = inverse @ self._sums.moments[place]
+
+    def _factorise(self) -> None:
+        """Compute exactly what updates keep up to date."""
+        import numpy as np
+
+        for sums in (self._sums, self._changes):
+            sums.scale(self._fading)
+        self._fading, self._updates = 1.0, 0
+        self._inverses = np.linalg.inv(self._sums.grams + self.penalty * np.eye(self.n_features))
+        self._weights = np.einsum("eij,ej->ei", self._inverses, self._sums.moments)
+
+    def state(self) -> bytes:
+        """All that was learnt, to go on from with ``load``."""
+        return self._packed(self._sums)
+
+    def changes(self) -> bytes | None:
+        """What was learnt here since the last call, for other replicas to ``merge``.
+
+        None if nothing was.
+        """
+        if not self._changes.ticks:
+            return None
+        packed = self._packed(self._changes)
+        self._changes = _Sums.zero(len(self.experts), self.n_features)
+        return packed
+
+    def load(self, state: bytes) -> None:
+        """Go on from a state, forgetting what was learnt here.
+
+        Raises:
+            RouterError: It is damaged, or of other experts or features.
+        """
+        self._sums = self._unpacked(state)
+        self._fading = 1.0
+        self._changes = _Sums.zero(len(self.experts), self.n_features)
+        self._factorise()
+
+    def merge(self, changes: bytes) -> None:
+        """Learn what another replica learnt, as if it had happened here just now.
+
+        Sums add up, so replicas that merge each other's changes know the same. Only in which order
+        concurrent observations are forgotten may differ, by the number of them in flight.
+
+        Raises:
+            RouterError: They are damaged, or of other experts or features.
+        """
+        found = self._unpacked(changes)
+        self._fading *= self.forgetting**found.ticks
+        # Own changes are older now: they fade with everything else.
+        self._factorise()
+        self._sums.ticks += found.ticks
+        self._sums.grams += found.grams
+        self._sums.moments += found.moments
+        self._factorise()
+
+    def _packed(self, sums: _Sums) -> bytes:
+        import numpy as np
+
+        out = io.BytesIO()
+        about = json.dumps({"experts": self.experts, "ticks": sums.ticks})
+        np.savez(
+            out,
+            about=np.frombuffer(about.encode(), np.uint8),
+            grams=sums.grams * self._fading,
+            moments=sums.moments * self._fading,
+        )
+        return out.getvalue()
+
+    def _unpacked(self, packed: bytes) -> _Sums:
+        import numpy as np
+
+        try:
+            with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+                about = json.loads(arrays["about"].tobytes())
+                grams, moments = arrays["grams"], arrays["moments"]
+            experts, ticks = about["experts"], float(about["ticks"])
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise RouterError(f"the bandit's state cannot be read: {error}") from error
+        n_experts, n_features = len(self.experts), self.n_features
+        shapes = (grams.shape, moments.shape)
+        if experts != self.experts or shapes != (
+            (n_experts, n_features, n_features),
+            (n_experts, n_features),
+        ):
+            raise RouterError(
+                "the bandit's state is of other experts or dimensions than the route's; delete it "
+                "to start anew"
+            )
+        if not (np.isfinite(grams).all() and np.isfinite(moments).all() and 0 <= ticks < np.inf):
+            raise RouterError("the bandit's state is not finite; delete it to start anew")
+        return _Sums(ticks, grams.astype(np.float64), moments.astype(np.float64))

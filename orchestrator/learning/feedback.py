@@ -1,0 +1,123 @@
+"""Feedback on answers, and signs of it: who learns what from it. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+from experts.base import AnyRequest
+from experts.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
+from experts.types import Chunk
+from orchestrator.decision import PUBLIC, Decision, RequestContext
+from orchestrator.learning.learner import Learner, Lessons, preferred
+
+__all__ = ["Learning"]
+
+# Not the expert's fault, or nobody's.
+NO_FAILURES = {
+    "cancelled",
+    *(error.__name__ for error in (ContextLengthError, InvalidRequestError,
+                                   UnsupportedFeatureError)),
+}  # fmt: skip
+REMEMBERED_REQUESTS = 10_000
+
+
+class Learning:
+    """Brings what is said of answers to those who learn from it. Owned by the event loop.
+
+    Args:
+        learners: Of the routes that learn, by name.
+    """
+
+    def __init__(self, learners: Mapping[str, Learner]) -> None:
+        self.learners = learners
+        self.lessons = Lessons()
+        self._answered: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+
+    def learn(self, decision_id: str, reward: float) -> bool:
+        """Learn how good an answer was; whether anything was learnt.
+
+        Raises:
+            ValueError: The reward lies outside [0, 1].
+        """
+        if not 0.0 <= reward <= 1.0:
+            raise ValueError(f"a reward must lie in [0, 1], got {reward}")
+        lesson = self.lessons.take(decision_id)
+        if lesson is None or lesson.expert is None or lesson.route not in self.learners:
+            return False
+        return self.learners[lesson.route].learn(lesson, lesson.expert, reward)
+
+    def learn_preference(self, better_id: str, worse_id: str) -> bool:
+        """Learn that one answer was preferred to another of the same route.
+
+        Whether anything was learnt; two answers of one expert say nothing of experts.
+        """
+        better, worse = self.lessons.get(better_id), self.lessons.get(worse_id)
+        if better is None or worse is None or better.route != worse.route:
+            return False
+        learner = self.learners.get(better.route)
+        known = better.expert in better.priors and worse.expert in worse.priors
+        if learner is None or not known or better.expert == worse.expert:
+            return False
+        assert better.expert is not None
+        assert worse.expert is not None
+        up, down = preferred(learner.expected(better), learner.expected(worse))
+        learner.learn(better, better.expert, up)
+        learner.learn(worse, worse.expert, down)
+        self.lessons.take(better_id)
+        self.lessons.take(worse_id)
+        return True
+
+    async def followed(
+        self,
+        chunks: AsyncGenerator[Chunk, None],
+        request: AnyRequest,
+        decision: Decision,
+        context: RequestContext,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Pass an answer on, and keep what can be learnt from it."""
+        self._notice_retry(request, decision, context)
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            self._keep(decision, context)
+
+    def _keep(self, decision: Decision, context: RequestContext) -> None:
+        lesson = context.lesson
+        assert lesson is not None
+        learner = self.learners.get(lesson.route)
+        if learner is not None:
+            for call in context.calls:
+                if call.purpose == "answer" and call.error and call.error not in NO_FAILURES:
+                    learner.learn(lesson, call.expert, 0.0, weight=learner.config.error_weight)
+        lesson.expert = context.expert
+        self.lessons.add(decision.id, lesson)
+
+    def _notice_retry(
+        self, request: AnyRequest, decision: Decision, context: RequestContext
+    ) -> None:
+        learner = self.learners.get(decision.route or "")
+        if learner is None or not learner.config.retry_weight:
+            return
+        # Without a key or a session nobody knows whether it is the same client.
+        if context.scope == PUBLIC and context.session_id is None:
+            return
+        asked = (
+            f"{context.scope}\0{context.session_id}\0{decision.route}\0{request.model_dump_json()}"
+        )
+        key, now = hashlib.sha256(asked.encode()).digest(), time.monotonic()
+        before, earlier_id = self._answered.pop(key, (-math.inf, ""))
+        self._answered[key] = (now, decision.id)
+        while len(self._answered) > REMEMBERED_REQUESTS:
+            self._answered.popitem(last=False)
+        lesson = self.lessons.get(earlier_id)
+        if lesson is None or lesson.expert is None:
+            return
+        if now - before <= learner.config.retry_within_s:
+            learner.learn(lesson, lesson.expert, 0.0, weight=learner.config.retry_weight)
