@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.paths import resolve_path
-from experts.types import ChatRequest, Chunk, ExpertCard
+from experts.types import ChatRequest, Chunk, ExpertCard, collect
 from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
@@ -21,15 +22,18 @@ from orchestrator.config import (
     StaticRouterConfig,
 )
 from orchestrator.costs import ExpectedCosts, cost_unit
-from orchestrator.decision import Candidate, Decision, RequestContext
+from orchestrator.decision import Candidate, Decision, RequestContext, SessionShare
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.memory.cache import CachedAnswer, ResponseCache
 from orchestrator.memory.decisions import DecisionLog
 from orchestrator.memory.feedback import FeedbackLog
 from orchestrator.memory.guard import Memory
+from orchestrator.memory.sessions import Sessions
 from orchestrator.memory.sqlite import SQLiteStore
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
+from orchestrator.strategies.calls import play
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
@@ -115,6 +119,8 @@ class Orchestrator:
         self.memory = memory or Memory(SQLiteStore(max_records=config.memory.max_records))
         self.decisions = DecisionLog(self.memory)
         self.feedback = FeedbackLog(self.memory, self.decisions)
+        self._cache = _open_cache(config, self.memory)
+        self._sessions = Sessions(config.sessions, self.memory) if config.sessions else None
 
     async def decide(
         self,
@@ -125,12 +131,13 @@ class Orchestrator:
     ) -> Decision:
         """Decide who shall answer.
 
-        The decision depends on this request and the config alone.
+        The decision depends on this request and the config alone; with sessions, also on who
+        answered last in the request's own session.
 
         Args:
             request: The request; its ``model`` names an expert or a route.
             options: What the request itself says of its routing.
-            context: Takes note of the router's time.
+            context: Says whose request it is; takes note of the router's time.
 
         Raises:
             BadRequestError: There is nothing to answer.
@@ -141,6 +148,8 @@ class Orchestrator:
             field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
         options = options or RoutingOptions()
+        if context is not None:
+            context.session_id = options.session_id
         if options.route is None and request.model in self.cards:
             return self._decide_named(request, options)
         name = options.route or request.model
@@ -156,10 +165,26 @@ class Orchestrator:
         if not pool:
             raise EmptyPoolError(name, excluded)
         started = time.monotonic()
-        prediction = await self._predict(route.router, prompt_text(request), pool)
+        text = prompt_text(request, route.config.conversation)
+        prediction = await self._predict(route.router, text, pool)
         if context is not None:
             context.router_s = time.monotonic() - started
-        return _decision(name, request, route, pool, excluded, prediction, options)
+        share = await self._share(
+            request, options, context, route.costs.only([c.name for c in pool])
+        )
+        return _decision(name, request, route, pool, excluded, prediction, options, share)
+
+    async def _share(
+        self,
+        request: AnyRequest,
+        options: RoutingOptions,
+        context: RequestContext | None,
+        costs: ExpectedCosts,
+    ) -> SessionShare | None:
+        if self._sessions is None or context is None or options.session_id is None:
+            return None
+        session = await self._sessions.find(options.session_id, context.scope)
+        return session.share(self._sessions.config, request, costs) if session else None
 
     async def _predict(self, router: Router, text: str, pool: Sequence[ExpertCard]) -> Prediction:
         queries, candidates = [Query(text)], [card.name for card in pool]
@@ -190,9 +215,58 @@ class Orchestrator:
         Raises:
             ExpertError: Nobody could answer, or an expert failed midway.
         """
+        if context.cache is not None and context.cache.answer is not None:
+            return _given_again(context.cache.answer)
         route = self.routes.get(decision.route or "")
         strategy = route.config.strategy if route else self._single
-        return strategy.run(request, decision, self.experts, context)
+        chunks = strategy.run(request, decision, self.experts, context)
+        session = self._sessions is not None and context.session_id is not None
+        if session or (context.cache is not None and context.cache.state == "miss"):
+            return self._noted(chunks, decision, context)
+        return chunks
+
+    async def recall(
+        self, request: AnyRequest, options: RoutingOptions, context: RequestContext
+    ) -> Decision | None:
+        """Look for an answer that was given before; ``run`` gives it again.
+
+        Args:
+            request: The request.
+            options: What the request itself says of its routing.
+            context: Says whose request it is; takes note of what was found.
+
+        Returns:
+            The decision to do so; none if there is no such answer.
+        """
+        if self._cache is None:
+            return None
+        context.cache = await self._cache.find(request, options, context.scope)
+        answer = context.cache.answer
+        if answer is None:
+            return None
+        context.answered_by = answer.expert
+        return Decision((answer.expert,), route=answer.route, policy="cache", strategy="cache")
+
+    async def _noted(
+        self, chunks: AsyncGenerator[Chunk, None], decision: Decision, context: RequestContext
+    ) -> AsyncGenerator[Chunk, None]:
+        """The same chunks; once the answer is whole, what shall be remembered of it is."""
+        given: list[Chunk] = []
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                given.append(chunk)
+                yield chunk
+        expert = context.expert
+        if expert is None:
+            return
+        completion = await collect(_all(given))
+        if self._sessions is not None and context.session_id is not None:
+            seen = next(call.usage for call in reversed(context.calls) if call.expert == expert)
+            await self._sessions.note(
+                context.session_id, context.scope, expert, seen.total_tokens, completion
+            )
+        if self._cache is not None and context.cache is not None:
+            self._cache.keep(context.cache, CachedAnswer(expert, decision.route, completion))
 
     async def check_health(self) -> dict[str, BaseException | None]:
         """The state of every expert: none if it can answer, else what is wrong."""
@@ -205,10 +279,31 @@ class Orchestrator:
     async def aclose(self) -> None:
         """Free routers' threads and all experts, and write down what is still to be written."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._cache is not None:
+            self._cache.close()
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
         )
         await self.memory.aclose()
+
+
+def _open_cache(config: CollegiumConfig, memory: Memory) -> ResponseCache | None:
+    if config.cache is None:
+        return None
+    try:
+        return ResponseCache(config.cache, memory, config.fingerprint)
+    except RouterError as error:
+        raise ConfigError(f"cache: {error}") from error
+
+
+async def _all(chunks: Sequence[Chunk]) -> AsyncGenerator[Chunk, None]:
+    for chunk in chunks:
+        yield chunk
+
+
+async def _given_again(answer: CachedAnswer) -> AsyncGenerator[Chunk, None]:
+    for chunk in play(answer.completion, answer.completion.usage):
+        yield chunk
 
 
 async def _check_health(name: str, expert: Expert) -> None:
@@ -259,6 +354,7 @@ def _decision(
     excluded: Mapping[str, str],
     prediction: Prediction,
     options: RoutingOptions,
+    session: SessionShare | None,
 ) -> Decision:
     if options.top_k is not None and options.top_k > MAX_EXPERTS:
         raise BadRequestError(
@@ -271,6 +367,8 @@ def _decision(
     quality = prediction.quality
     expected = route.costs.only(names)
     usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
+    if session is not None:
+        usd[:, names.index(session.expert)] -= session.cached_usd
     refused = below_quality(quality[0], names, options.min_quality or 0.0)
     refused |= _too_dear(names, usd, options)
     if refused:
@@ -282,12 +380,19 @@ def _decision(
         names, quality, usd = [names[j] for j in kept], quality[:, kept], usd[:, kept]
         expected = route.costs.only(names)
     costs = expected.in_unit(usd)
-    utilities = policy.utilities(names, quality, costs, cost_quality=knob)[0].tolist()
     qualities = quality[0].tolist()
+    if session is not None and session.expert in names:
+        others = [j for j, expert in enumerate(names) if expert != session.expert]
+        quality = quality.copy()
+        quality[:, others] -= session.stickiness
+    utilities = policy.utilities(names, quality, costs, cost_quality=knob)[0].tolist()
     candidates = tuple(
         Candidate(names[j], qualities[j], float(usd[0, j]), utilities[j])
         for j in order_by_utility(utilities, costs[0].tolist())
     )
+    if session is not None and session.tool_call:
+        # Only who called a tool has thought of what to do with its result. The order is stable.
+        candidates = tuple(sorted(candidates, key=lambda one: one.expert != session.expert))
     why = prediction.explanations[0]
     width = options.top_k or policy.width([one.quality or 0.0 for one in candidates])
     return Decision(
@@ -304,6 +409,7 @@ def _decision(
         confidence=why.confidence,
         fallback=why.fallback,
         detail=why.detail,
+        session=session,
     )
 
 

@@ -6,11 +6,14 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experts.types import Usage
 
-__all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
+if TYPE_CHECKING:
+    from orchestrator.memory.cache import Lookup
+
+__all__ = ["Call", "Candidate", "Decision", "RequestContext", "SessionShare", "new_decision_id"]
 
 
 def new_decision_id() -> str:
@@ -35,6 +38,25 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionShare:
+    """What a conversation's earlier turns had to say in a decision.
+
+    Attributes:
+        expert: Who answered last, and has the earlier turns in its prompt cache.
+        cached_tokens: About how many of the prompt's tokens that are.
+        cached_usd: What these cost it less than anybody else, in US dollars.
+        stickiness: Points of quality that others had to be better by.
+        tool_call: Whether the request answers its tool call, so that it goes on in any case.
+    """
+
+    expert: str
+    cached_tokens: int
+    cached_usd: float
+    stickiness: float
+    tool_call: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Who shall answer a request, in which order and how.
 
@@ -42,13 +64,15 @@ class Decision:
         experts: Names, best first.
         width: How many of them shall answer, for strategies that compose several answers.
         route: The route asked for; none if an expert was named.
-        policy: Name of the policy; ``named`` if an expert was named.
+        policy: Name of the policy; ``named`` if an expert was named, ``cache`` if an answer that
+            was given before is given again.
         candidates: Every expert that could serve the request, best first.
         excluded: Experts of the route that could not, each with the reason.
         category: The router's category of the query, if it knows categories.
         confidence: Calibrated probability of that category.
         fallback: Whether the router was too unsure and used its general category.
         detail: Further facts from the router.
+        session: What the earlier turns had to say, if anything.
     """
 
     experts: tuple[str, ...]
@@ -64,6 +88,7 @@ class Decision:
     confidence: float | None = None
     fallback: bool = False
     detail: Mapping[str, Any] = field(default_factory=dict)
+    session: SessionShare | None = None
     id: str = field(default_factory=new_decision_id)
 
 
@@ -102,6 +127,8 @@ class RequestContext:
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
         scope: Whose request it is: a hash of the API key. What is remembered belongs to a scope.
+        session_id: The conversation, as the request names it.
+        cache: What the response cache had for the request; none if there is no cache.
     """
 
     deadline: float
@@ -111,6 +138,8 @@ class RequestContext:
     router_s: float = 0.0
     answered_by: str | None = None
     scope: str = "public"
+    session_id: str | None = None
+    cache: Lookup | None = None
 
     @property
     def remaining_s(self) -> float:
