@@ -29,7 +29,12 @@ _TOKEN = re.compile(
 )
 _POSSESSIVE = re.compile(r"['\u2019]s?$")
 _IDENTIFIER = re.compile(r"--?[A-Za-z]|\w*_\w|.*\w\(\)|.*[a-z][A-Z]|.*\w[@.]\w|.*[a-z]\d|\d+[a-z]")
-_SENTENCE_END = frozenset(".!?:;")
+_SENTENCE_END = frozenset(".!?:;\u00a1\u00bf")
+# Signs that say nothing; others do, such as those of currencies and of comparisons. The last ones
+# are those of scripts with wide characters.
+_QUIET = frozenset(
+    ".,;:!?()[]{}'\"\u2019\u2026\u2013\u2014\u00a1\u00bf\uff1f\uff01\uff0c\u3002\u3001"
+)
 _SIGNS = {
     "+": "plus",
     "-": "minus",
@@ -263,6 +268,9 @@ _SYNONYMS = _to_first(
 )
 
 
+_TURNS = [{_SYNONYMS.get(word, word) for word in row} for row in _OPPOSITES]
+
+
 @dataclass(frozen=True, slots=True)
 class _Question:
     """A question taken apart.
@@ -365,7 +373,7 @@ def _plain(token: str) -> str:
     if word in _SIGNS:
         return _SIGNS[word]
     word = _stem(word)
-    return _NUMBERS.get(word, word if any(map(str.isalnum, word)) else "")
+    return "" if _QUIET.issuperset(word) else _NUMBERS.get(word, word)
 
 
 def _quotes(a: _Question, b: _Question) -> bool:
@@ -388,7 +396,7 @@ def _numbers(a: _Question, b: _Question) -> bool:
 
 def _counted(question: _Question) -> Iterator[tuple[str, str]]:
     """Each number, and the word behind it unless that is a function word."""
-    for word, follower in zip(question.words, (*question.words[1:], ""), strict=True):
+    for word, follower in zip(question.words, (*question.words, "")[1:], strict=True):
         if _is_number(word):
             little = follower in _FUNCTION_WORDS or follower in _ASKING or _is_number(follower)
             yield word, "" if little else _SYNONYMS.get(follower, follower)
@@ -423,8 +431,8 @@ def _negation(a: _Question, b: _Question) -> bool:
 
 
 def _direction(a: _Question, b: _Question) -> bool:
-    one, other = set(a.words), set(b.words)
-    for row in map(set, _OPPOSITES):
+    one, other = ({_SYNONYMS.get(word, word) for word in q.words} for q in (a, b))
+    for row in _TURNS:
         if (one & row) != (other & row) and one & row and other & row:
             return True
     sides = ((a.followers(word), b.followers(word)) for word in _SIDES)

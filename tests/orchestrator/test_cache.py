@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from tests.orchestrator.support import (
     events,
     expert,
     metric,
+    written,
 )
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -46,13 +46,8 @@ def fixed(text: str = "hello", **fields: Any) -> dict[str, Any]:
 async def ask(orchestrator: Orchestrator, body: dict[str, Any], **headers: str) -> Any:
     """The response; what is to be kept is kept by then."""
     response = await client(orchestrator).post(CHAT, json=body, headers=headers)
-    await written(orchestrator.memory)
+    await written(orchestrator)
     return response
-
-
-async def written(memory: Memory) -> None:
-    while memory._worker is not None and not memory._worker.done():
-        await memory._worker
 
 
 def asked(orchestrator: Orchestrator, name: str = "large") -> int:
@@ -103,7 +98,7 @@ async def test_text_completions_are_kept_too():
     for state in ("miss", "hit"):
         body = {"prompt": ["a", "b"], "temperature": 0}
         response = await http.post(TEXT, json=body)
-        await written(orchestrator.memory)
+        await written(orchestrator)
         assert response.headers[STATE] == state
         assert len(response.json()["choices"]) == 2
 
@@ -111,7 +106,7 @@ async def test_text_completions_are_kept_too():
 @pytest.mark.parametrize(
     "change",
     [
-        {"text": "hello!"},
+        {"messages": [{"role": "user", "content": "hello!"}]},
         {"max_tokens": 50},
         {"seed": 1},
         {"stop": "x"},
@@ -129,7 +124,7 @@ async def test_text_completions_are_kept_too():
 async def test_what_changes_the_answer_is_another_request(change):
     orchestrator = service()
     await ask(orchestrator, fixed())
-    assert (await ask(orchestrator, fixed(**change))).headers[STATE] == "miss"
+    assert (await ask(orchestrator, {**fixed(), **change})).headers[STATE] == "miss"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +197,7 @@ async def test_nothing_is_kept_of_a_stream_that_nobody_read_to_its_end():
     chunks = orchestrator.run(request, decision, context)
     await anext(chunks)
     await chunks.aclose()
-    await written(orchestrator.memory)
+    await written(orchestrator)
     assert (await ask(orchestrator, fixed())).headers[STATE] == "miss"
 
 
@@ -213,7 +208,7 @@ async def test_another_key_never_gets_it():
     async def state(key: str, text: str) -> str:
         headers = {"authorization": f"Bearer {key}"}
         response = await http.post(CHAT, json=fixed(text), headers=headers)
-        await written(orchestrator.memory)
+        await written(orchestrator)
         return response.headers[STATE]
 
     one, other = "What is the capital of Kenya?", "Tell me, what is Kenya's capital?"
@@ -268,23 +263,30 @@ async def test_a_broken_store_is_a_miss():
     orchestrator = Orchestrator(
         config, build(config).experts, load_routers(config), Memory(BrokenStore())
     )
-    http, failed = client(orchestrator), set()
+    http = client(orchestrator)
+    failed: set[str] = set()
     orchestrator.memory.on_error = failed.add
     for body in (fixed(), fixed(stream=True), fixed(session_id="one")):
         for _ in range(2):
             response = await http.post(CHAT, json=body)
-            await written(orchestrator.memory)
+            await written(orchestrator)
             assert (response.status_code, response.headers[STATE]) == (200, "miss")
     assert failed >= {"cache", "semantic_cache", "sessions"}
 
 
+class OldStore(SQLiteStore):
+    """A store with values of another version."""
+
+    async def get(self, key):
+        return b'{"expert": 1}'
+
+
 async def test_records_of_another_version_are_a_miss():
-    orchestrator = service(semantic={})
-    for name in ("cache", "semantic_cache"):
-        await orchestrator.memory.store.append(f"{name}:public", "old", b'{"text": "hello"}')
+    config = parse_config(config_content(cache={"semantic": {}}))
+    store = OldStore()
+    orchestrator = Orchestrator(config, build(config).experts, load_routers(config), Memory(store))
+    await store.append("semantic_cache:public", "old", b'{"text": "hello"}')
     await ask(orchestrator, fixed())
-    database = orchestrator.memory.store._database
-    database.execute("UPDATE entries SET value = ?", (json.dumps({"expert": 1}).encode(),))
     assert (await ask(orchestrator, fixed())).headers[STATE] == "miss"
 
 
@@ -306,7 +308,7 @@ async def test_lookups_are_counted():
     http = client(orchestrator)
     for body in (fixed(), fixed(), chat_body()):
         await http.post(CHAT, json=body)
-        await written(orchestrator.memory)
+        await written(orchestrator)
     page = (await http.get("/metrics")).text
     for state, count in (("miss", 1), ("hit", 1), ("off", 1), ("semantic", 0)):
         assert metric(page, f'collegium_cache_lookups_total{{state="{state}"}}') == count

@@ -18,6 +18,7 @@ from tests.orchestrator.support import (
     config_content,
     config_with_rules,
     expert,
+    written,
 )
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -154,6 +155,7 @@ async def test_an_answer_from_the_cache_is_nobodys_turn():
     orchestrator = build(parse_config(content))
     for session in ("one", "two"):
         await answer(orchestrator, chat_body(temperature=0, session_id=session))
+        await written(orchestrator)
     assert len(expert(orchestrator, "large").requests) == 1
     assert (await decision(orchestrator, chat_body(session_id="one")))["session"]
     assert (await decision(orchestrator, chat_body(session_id="two")))["session"] is None
