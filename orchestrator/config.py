@@ -25,8 +25,11 @@ from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
 from orchestrator.learning.config import LearningConfig
+from orchestrator.memory.cache import CacheConfig
 from orchestrator.memory.config import MemoryConfig, SQLiteMemoryConfig
+from orchestrator.memory.sessions import SessionsConfig
 from orchestrator.policies import PolicyConfig, UtilityPolicy
+from orchestrator.pool import Conversation
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.registry import AnyStrategy
 from orchestrator.strict import StrictModel
@@ -91,6 +94,8 @@ class RouteConfig(StrictModel):
     """Name of a router from ``routers``."""
     policy: PolicyConfig = UtilityPolicy()
     """How predicted quality and cost become an order of experts."""
+    conversation: Conversation = Conversation()
+    """What the router sees of a conversation; a type alone may stand for it."""
     strategy: AnyStrategy = FallbackStrategy()
     """How the chosen experts' answers become one."""
     experts: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -175,6 +180,10 @@ class CollegiumConfig(StrictModel):
     """Address, keys and limits of the HTTP side."""
     memory: MemoryConfig = SQLiteMemoryConfig()
     """Where decisions, feedback and other things that outlive a request are kept."""
+    cache: CacheConfig | None = None
+    """Which answers are given again; none gives none."""
+    sessions: SessionsConfig | None = None
+    """What a conversation's earlier turns are worth; none decides each request by itself."""
     ray: RayConfig = RayConfig()
     """How Ray Serve runs on a single machine."""
 

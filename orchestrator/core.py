@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.paths import resolve_path
-from experts.types import ChatRequest, Chunk, ExpertCard
+from experts.types import ChatRequest, Chunk, ExpertCard, collect
 from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
@@ -21,18 +22,27 @@ from orchestrator.config import (
     StaticRouterConfig,
 )
 from orchestrator.costs import ExpectedCosts, cost_unit
-from orchestrator.decision import Candidate, Decision, RequestContext, new_decision_id
+from orchestrator.decision import (
+    Candidate,
+    Decision,
+    RequestContext,
+    SessionShare,
+    new_decision_id,
+)
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
 from orchestrator.learning.feedback import Learning
 from orchestrator.learning.learner import Learner, Lesson
+from orchestrator.memory.cache import CachedAnswer, ResponseCache
 from orchestrator.memory.decisions import DecisionLog, DecisionRecord
 from orchestrator.memory.feedback import Feedback, FeedbackLog
 from orchestrator.memory.guard import Memory
+from orchestrator.memory.sessions import Sessions
 from orchestrator.memory.sqlite import SQLiteStore
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.release_watch import ReleaseWatch
+from orchestrator.strategies.calls import play
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
@@ -136,6 +146,9 @@ class Orchestrator:
             {name: route.learner for name, route in self.routes.items() if route.learner}
         )
 
+        self._cache = _open_cache(config, self.memory)
+        self._sessions = Sessions(config.sessions, self.memory) if config.sessions else None
+
     def _take_up(self, name: str, router: Router, release: str) -> None:
         """Use a router in the place of another; requests under way keep the one they began with."""
         changed = {
@@ -154,13 +167,14 @@ class Orchestrator:
     ) -> Decision:
         """Decide who shall answer.
 
-        The decision depends on this request, the config, and what the route has learnt from
-        feedback by now; never on other requests in work.
+        The decision depends on this request, the config, what the route has learnt from feedback by
+        now and, with sessions, on who answered last in the request's own session; never on other
+        requests in work.
 
         Args:
             request: The request; its ``model`` names an expert or a route.
             options: What the request itself says of its routing.
-            context: Takes note of the router's time.
+            context: Says whose request it is; takes note of the router's time.
 
         Raises:
             BadRequestError: There is nothing to answer.
@@ -172,6 +186,8 @@ class Orchestrator:
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
         self._releases.look()
         options = options or RoutingOptions()
+        if context is not None:
+            context.session_id = options.session_id
         if options.route is None and request.model in self.cards:
             return self._decide_named(request, options)
         name = options.route or request.model
@@ -187,7 +203,7 @@ class Orchestrator:
         if not pool:
             raise EmptyPoolError(name, excluded)
         started = time.monotonic()
-        text = prompt_text(request)
+        text = prompt_text(request, route.config.conversation)
         prediction = await self._predict(route.router, text, pool)
         features = await self._features(route.learner, text)
         if context is not None:
@@ -196,7 +212,22 @@ class Orchestrator:
                 quality = prediction.quality[0].tolist()
                 priors = {card.name: q for card, q in zip(pool, quality, strict=True)}
                 context.lesson = Lesson(name, priors=priors, features=features)
-        return _decision(name, request, route, pool, excluded, prediction, features, options)
+        share = await self._share(
+            request, options, context, route.costs.only([card.name for card in pool])
+        )
+        return _decision(name, request, route, pool, excluded, prediction, features, options, share)
+
+    async def _share(
+        self,
+        request: AnyRequest,
+        options: RoutingOptions,
+        context: RequestContext | None,
+        costs: ExpectedCosts,
+    ) -> SessionShare | None:
+        if self._sessions is None or context is None or options.session_id is None:
+            return None
+        session = await self._sessions.find(options.session_id, context.scope)
+        return session.share(self._sessions.config, request, costs) if session else None
 
     async def _predict(self, router: Router, text: str, pool: Sequence[ExpertCard]) -> Prediction:
         queries, candidates = [Query(text)], [card.name for card in pool]
@@ -234,14 +265,62 @@ class Orchestrator:
         Raises:
             ExpertError: Nobody could answer, or an expert failed midway.
         """
+        if context.cache is not None and context.cache.answer is not None:
+            return _given_again(context.cache.answer)
         route = self.routes.get(decision.route or "")
         strategy = route.config.strategy if route else self._single
         if route:
             context.reroute = lambda further: self.decide(further, options=_as_decided(decision))
         chunks = strategy.run(request, decision, self.experts, context)
-        if context.lesson is None:
-            return chunks
-        return self.learning.followed(chunks, request, decision, context)
+        if context.lesson is not None:
+            chunks = self.learning.followed(chunks, request, decision, context)
+        session = self._sessions is not None and context.session_id is not None
+        if session or (context.cache is not None and context.cache.state == "miss"):
+            chunks = self._noted(chunks, decision, context)
+        return chunks
+
+    async def recall(
+        self, request: AnyRequest, options: RoutingOptions, context: RequestContext
+    ) -> Decision | None:
+        """Look for an answer that was given before; ``run`` gives it again.
+
+        Args:
+            request: The request.
+            options: What the request itself says of its routing.
+            context: Says whose request it is; takes note of what was found.
+
+        Returns:
+            The decision to do so; none if there is no such answer.
+        """
+        if self._cache is None:
+            return None
+        context.cache = await self._cache.find(request, options, context.scope)
+        answer = context.cache.answer
+        if answer is None:
+            return None
+        context.answered_by = answer.expert
+        return Decision((answer.expert,), route=answer.route, policy="cache", strategy="cache")
+
+    async def _noted(
+        self, chunks: AsyncGenerator[Chunk, None], decision: Decision, context: RequestContext
+    ) -> AsyncGenerator[Chunk, None]:
+        """The same chunks; once the answer is whole, what shall be remembered of it is."""
+        given: list[Chunk] = []
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                given.append(chunk)
+                yield chunk
+        expert = context.expert
+        if expert is None:
+            return
+        completion = await collect(_all(given))
+        if self._sessions is not None and context.session_id is not None:
+            seen = next(call.usage for call in reversed(context.calls) if call.expert == expert)
+            await self._sessions.note(
+                context.session_id, context.scope, expert, seen.total_tokens, completion
+            )
+        if self._cache is not None and context.cache is not None:
+            self._cache.keep(context.cache, CachedAnswer(expert, decision.route, completion))
 
     async def _taught(self, decision: DecisionRecord, feedback: Feedback) -> None:
         if feedback.rating is not None:
@@ -282,10 +361,31 @@ class Orchestrator:
     async def aclose(self) -> None:
         """Free routers' threads and all experts, and write down what is still to be written."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._cache is not None:
+            self._cache.close()
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
         )
         await self.memory.aclose()
+
+
+def _open_cache(config: CollegiumConfig, memory: Memory) -> ResponseCache | None:
+    if config.cache is None:
+        return None
+    try:
+        return ResponseCache(config.cache, memory, config.fingerprint)
+    except RouterError as error:
+        raise ConfigError(f"cache: {error}") from error
+
+
+async def _all(chunks: Sequence[Chunk]) -> AsyncGenerator[Chunk, None]:
+    for chunk in chunks:
+        yield chunk
+
+
+async def _given_again(answer: CachedAnswer) -> AsyncGenerator[Chunk, None]:
+    for chunk in play(answer.completion, answer.completion.usage):
+        yield chunk
 
 
 async def _check_health(name: str, expert: Expert) -> None:
@@ -342,6 +442,7 @@ def _decision(
     prediction: Prediction,
     features: NDArray[np.float16] | None,
     options: RoutingOptions,
+    session: SessionShare | None,
 ) -> Decision:
     if options.top_k is not None and options.top_k > MAX_EXPERTS:
         raise BadRequestError(
@@ -360,6 +461,8 @@ def _decision(
         learnt = route.learner.correct(decision_id, features, quality, names, usd)
         quality, hopes = learnt.quality, learnt.quality + learnt.bonus
         why = replace(why, detail={**why.detail, "learning": learnt.detail})
+    if session is not None:
+        usd[:, names.index(session.expert)] -= session.cached_usd
     refused = below_quality(quality[0], names, options.min_quality or 0.0)
     refused |= _too_dear(names, usd, options)
     if refused:
@@ -372,12 +475,19 @@ def _decision(
         quality, hopes = quality[:, kept], hopes[:, kept]
         expected = route.costs.only(names)
     costs = expected.in_unit(usd)
-    utilities = policy.utilities(names, hopes, costs, cost_quality=knob)[0].tolist()
     qualities = quality[0].tolist()
+    if session is not None and session.expert in names:
+        others = [j for j, expert in enumerate(names) if expert != session.expert]
+        hopes = hopes.copy()
+        hopes[:, others] -= session.stickiness
+    utilities = policy.utilities(names, hopes, costs, cost_quality=knob)[0].tolist()
     candidates = tuple(
         Candidate(names[j], qualities[j], float(usd[0, j]), utilities[j])
         for j in order_by_utility(utilities, costs[0].tolist())
     )
+    if session is not None and session.tool_call:
+        # Only who called a tool has thought of what to do with its result. The order is stable.
+        candidates = tuple(sorted(candidates, key=lambda one: one.expert != session.expert))
     width = options.top_k or policy.width([one.quality or 0.0 for one in candidates])
     return Decision(
         experts=tuple(candidate.expert for candidate in candidates),
@@ -395,6 +505,7 @@ def _decision(
         fallback=why.fallback,
         detail=why.detail,
         id=decision_id,
+        session=session,
     )
 
 

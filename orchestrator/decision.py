@@ -13,8 +13,17 @@ from experts.types import Usage
 
 if TYPE_CHECKING:
     from orchestrator.learning.learner import Lesson
+    from orchestrator.memory.cache import Lookup
 
-__all__ = ["PUBLIC", "Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
+__all__ = [
+    "PUBLIC",
+    "Call",
+    "Candidate",
+    "Decision",
+    "RequestContext",
+    "SessionShare",
+    "new_decision_id",
+]
 
 # The scope of requests without a key.
 PUBLIC = "public"
@@ -42,6 +51,25 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionShare:
+    """What a conversation's earlier turns had to say in a decision.
+
+    Attributes:
+        expert: Who answered last, and has the earlier turns in its prompt cache.
+        cached_tokens: About how many of the prompt's tokens that are.
+        cached_usd: What these cost it less than anybody else, in US dollars.
+        stickiness: Points of quality that others had to be better by.
+        tool_call: Whether the request answers its tool call, so that it goes on in any case.
+    """
+
+    expert: str
+    cached_tokens: int
+    cached_usd: float
+    stickiness: float
+    tool_call: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Who shall answer a request, in which order and how.
 
@@ -50,13 +78,15 @@ class Decision:
         width: How many of them shall answer, for strategies that compose several answers.
         route: The route asked for; none if an expert was named.
         router_release: Which release of the router, where it has releases.
-        policy: Name of the policy; ``named`` if an expert was named.
+        policy: Name of the policy; ``named`` if an expert was named, ``cache`` if an answer that
+            was given before is given again.
         candidates: Every expert that could serve the request, best first.
         excluded: Experts of the route that could not, each with the reason.
         category: The router's category of the query, if it knows categories.
         confidence: Calibrated probability of that category.
         fallback: Whether the router was too unsure and used its general category.
         detail: Further facts from the router.
+        session: What the earlier turns had to say, if anything.
     """
 
     experts: tuple[str, ...]
@@ -73,6 +103,7 @@ class Decision:
     confidence: float | None = None
     fallback: bool = False
     detail: Mapping[str, Any] = field(default_factory=dict)
+    session: SessionShare | None = None
     id: str = field(default_factory=new_decision_id)
 
 
@@ -114,8 +145,9 @@ class RequestContext:
         reroute: Decides anew, by the same route among the same candidates, for strategies whose
             next step depends on what is there so far; none where an expert was named.
         composing: Whether several are asked, so that it is open who answers until ``answered_by``.
-        session_id: The request's session id, if it has one.
         lesson: What feedback on the answer can be learnt from, if anything is.
+        session_id: The conversation, as the request names it.
+        cache: What the response cache had for the request; none if there is no cache.
     """
 
     deadline: float
@@ -129,6 +161,7 @@ class RequestContext:
     composing: bool = False
     session_id: str | None = None
     lesson: Lesson | None = None
+    cache: Lookup | None = None
 
     @property
     def remaining_s(self) -> float:

@@ -44,6 +44,8 @@ class RoutingOptions(BaseModel):
         Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Field(exclude=True)
     ] = None
     """An opaque name of the conversation, by which its requests are recognised."""
+    cache: Annotated[bool | None, Field(exclude=True)] = None
+    """False answers anew: the response cache neither gives nor keeps an answer."""
 
     @classmethod
     def from_texts(cls, given: Mapping[str, str]) -> RoutingOptions:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from experts.base import AnyRequest
 from experts.features import has_images, required_features
 from experts.types import ChatRequest, ExpertCard
+from orchestrator.strict import StrictModel
 
 __all__ = [
+    "Conversation",
     "estimated_prompt_tokens",
     "estimated_tokens",
     "has_content",
@@ -20,11 +25,38 @@ __all__ = [
 CHARACTERS_PER_TOKEN = 4
 
 
-def prompt_text(request: AnyRequest) -> str:
-    """What the router sees: the last user message, or the prompt of a text completion."""
+class Conversation(StrictModel):
+    """What of a conversation says which expert is wanted."""
+
+    type: Literal["last_turn", "recent_turns"] = "last_turn"
+    """``last_turn``: the last user message. ``recent_turns``: the last user messages, for
+    follow-ups such as "and in French?" that say little by themselves."""
+    turns: int = Field(default=3, ge=1)
+    """User messages of ``recent_turns``; the newest comes first."""
+    max_characters: int = Field(default=2000, ge=1)
+    """Characters of ``recent_turns``; what is older is cut off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+
+def prompt_text(request: AnyRequest, conversation: Conversation | None = None) -> str:
+    """What the router sees: the last user message, or the prompt of a text completion.
+
+    Args:
+        request: The request.
+        conversation: What else it sees of the messages; none for nothing.
+    """
     if isinstance(request, ChatRequest):
         spoken = [m.text for m in request.messages if m.role == "user" and m.text]
-        return spoken[-1] if spoken else request.messages[-1].text
+        if not spoken:
+            return request.messages[-1].text
+        if conversation is None or conversation.type == "last_turn":
+            return spoken[-1]
+        newest = reversed(spoken[-conversation.turns :])
+        return "\n".join(newest)[: conversation.max_characters]
     return request.prompt if isinstance(request.prompt, str) else "\n".join(request.prompt)
 
 

@@ -87,13 +87,20 @@ class Telemetry:
             registry=self.registry,
         )
 
+        self.cache_lookups = Counter(
+            "collegium_cache_lookups_total",
+            "Requests by what the response cache had for them, as x-collegium-cache says.",
+            ["state"],
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def decided(self, decision: Decision, context: RequestContext) -> None:
         """Note a decision in the log and the router's time."""
-        if decision.route is not None:
+        if decision.router is not None:
             self.router_seconds.observe(context.router_s)
         if decisions_log.isEnabledFor(logging.INFO):
             decisions_log.info(
@@ -125,6 +132,8 @@ class Telemetry:
         expert = context.expert or ""
         self.requests.labels(model, expert, str(status)).inc()
         self.seconds.labels(expert).observe(time.monotonic() - context.received)
+        if context.cache is not None:
+            self.cache_lookups.labels(context.cache.state).inc()
         for call in context.calls:
             self.calls.labels(call.expert, call.purpose, call.error or "ok").inc()
             self.tokens.labels(call.expert, "prompt").inc(call.usage.prompt_tokens)

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from experts.errors import ExpertError
 from orchestrator.core import Orchestrator
-from orchestrator.decision import PUBLIC
+from orchestrator.decision import PUBLIC, RequestContext
 from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
 from orchestrator.http import errors, schemas
 from orchestrator.http.admission import Admission
@@ -190,12 +190,15 @@ def _add_route(
         openapi_extra={**_body(ChatBody), "parameters": _OPTIONS},
     )
     async def route(http: Request) -> Response:
-        _check_key(http, keys)
+        scope = _check_key(http, keys)
         with admission.entered():
             request = await parse_body(
                 http, ChatBody, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
             )
-            decision = await orchestrator.decide(request, options=options_of(http, request))
+            context = RequestContext(time.monotonic() + limits.timeout_s, scope=scope)
+            decision = await orchestrator.decide(
+                request, options=options_of(http, request), context=context
+            )
         return JSONBytes(decision, headers=decision_headers(decision, None, debug=False))
 
 

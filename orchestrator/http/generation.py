@@ -68,6 +68,7 @@ def decision_headers(
         values["path"] = ">".join(context.path) or None
         if all(call.seconds is not None for call in context.calls):
             values["cost"] = f"{context.cost_usd:.6g}"
+        values["cache"] = context.cache.state if context.cache else None
         values["overhead-ms"] = f"{context.overhead_ms:.2f}"
     if debug:
         values["trace"] = encode(decision).decode()
@@ -200,9 +201,10 @@ class Generation:
             await self._budget.check(turn.context.scope)
         if options.priority == "low":
             self._admission.check_low_priority()
-        turn.decision = decision = await self._orchestrator.decide(
-            request, options=options, context=turn.context
-        )
+        decision = await self._orchestrator.recall(
+            request, options, turn.context
+        ) or await self._orchestrator.decide(request, options=options, context=turn.context)
+        turn.decision = decision
         if decision.route is None and request.top_k is not None and request.model_extra is not None:
             request.model_extra["top_k"] = request.top_k
         self._telemetry.decided(decision, turn.context)

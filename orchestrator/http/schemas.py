@@ -180,6 +180,21 @@ class CandidateBody(_Shape):
     """Quality less cost, by the policy; higher is better."""
 
 
+class SessionBody(_Shape):
+    """What a conversation's earlier turns had to say."""
+
+    expert: str
+    """Who answered last, and has the earlier turns in its prompt cache."""
+    cached_tokens: int
+    """About how many of the prompt's tokens that are."""
+    cached_usd: float
+    """What these cost it less than anybody else, in US dollars."""
+    stickiness: float
+    """Points of quality that others had to be better by."""
+    tool_call: bool
+    """Whether the request answers its tool call, so that it goes on in any case."""
+
+
 class RouteBody(_Shape):
     """A decision that was not carried out."""
 
@@ -205,6 +220,8 @@ class RouteBody(_Shape):
     """Whether the router was too unsure and used its general category."""
     detail: dict[str, Any]
     """Further facts from the router."""
+    session: SessionBody | None
+    """What the earlier turns had to say; null without a session."""
 
 
 class HealthBody(_Shape):

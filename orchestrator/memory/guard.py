@@ -104,6 +104,11 @@ class Memory:
             self._worker = asyncio.create_task(self._work())
         return True
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be done in the background."""
+        return not self._pending and (self._worker is None or self._worker.done())
+
     async def aclose(self) -> None:
         """Do what is still to be done, for a few seconds at most, and close the store."""
         try:

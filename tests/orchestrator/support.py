@@ -111,6 +111,11 @@ def metric(text: str, series: str) -> float:
     return float(lines[0].split()[-1]) if lines else 0.0
 
 
+async def written(orchestrator: Orchestrator) -> None:
+    """Wait until memory has nothing left to write."""
+    await eventually(lambda: orchestrator.memory.idle)
+
+
 async def eventually(condition: Callable[[], bool], within_s: float = 1.0) -> None:
     """Wait until a condition holds; fail if it does not in time."""
     deadline = time.monotonic() + within_s

@@ -4,7 +4,10 @@ import pytest
 
 from experts.features import required_features
 from experts.types import ExpertCard
+from orchestrator.config import parse_config
+from orchestrator.core import Orchestrator, load_routers
 from orchestrator.pool import (
+    Conversation,
     estimated_prompt_tokens,
     has_content,
     prompt_text,
@@ -99,3 +102,42 @@ def test_experts_with_a_context_that_is_surely_too_short_are_excluded():
     pool, excluded = split_pool(chat_request("word " * 320), [*cards, ExpertCard(name="unknown")])
     assert [card.name for card in pool] == ["200", "unknown"]
     assert excluded == {"100": "context of 100 tokens is too short"}
+
+
+SPOKEN = (
+    user("one"), {"role": "assistant", "content": "yes"}, user("two"), user(""),
+    {"role": "assistant", "content": "no"}, user("three"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("conversation", "seen"),
+    [
+        ("last_turn", "three"),
+        ({"type": "last_turn", "turns": 2}, "three"),
+        ("recent_turns", "three\ntwo\none"),
+        ({"type": "recent_turns", "turns": 2}, "three\ntwo"),
+        ({"type": "recent_turns", "max_characters": 7}, "three\nt"),
+        ({"type": "recent_turns", "turns": 1}, "three"),
+    ],
+)
+def test_routers_see_what_the_route_shows_them(conversation, seen):
+    assert prompt_text(chat(*SPOKEN), Conversation.model_validate(conversation)) == seen
+
+
+@pytest.mark.parametrize("conversation", ["last_turn", "recent_turns"])
+async def test_a_follow_up_is_understood_with_the_turns_before_it(conversation):
+    experts = ("general", "maths", "intents", "docstrings", "extract")
+    config = parse_config(
+        {
+            "experts": [{"name": name, "engine": "scripted"} for name in experts],
+            "routers": {"auto": {"type": "artefact", "path": "package:routers/embedded/auto"}},
+            "routes": {"auto": {"router": "auto", "conversation": conversation}},
+        }
+    )
+    orchestrator = Orchestrator(config, {}, load_routers(config))
+    question = user("What is 412 minus 57?")
+    assert (await orchestrator.decide(chat(question))).experts[0] == "maths"
+    reply = {"role": "assistant", "content": "355"}
+    follow_up = await orchestrator.decide(chat(question, reply, user("and in French?")))
+    assert follow_up.category == ("maths" if conversation == "recent_turns" else "general")

@@ -1,0 +1,75 @@
+"""Which questions ask the same: rules that err on the side of a difference."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.memory.questions import MAX_CHARACTERS, RULES, difference
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is the capital of Kenya?", "Tell me, what is Kenya's capital?"),
+        ("How do I undo the last commit in git?", "In git, how can I undo the last commit?"),
+        ("Is it under 5?", "is it under 5"),
+        ("How tall is K2?", "What is the height of K2?"),
+        ("When does the zoo open?", "At what time does the zoo open?"),
+        ("Can I return it within 3 days?", "May I return it within three days?"),
+        ("How do I delete `x`?", "What's the best way to remove `x`?"),
+        ("hello", "Hello!"),
+        ("Wie hoch ist die Zugspitze?", "wie hoch ist die Zugspitze"),
+        ("", " "),
+    ],
+)
+def test_the_same_in_other_words(one, other):
+    assert difference(one, other) is None
+    assert difference(other, one) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "rule"),
+    [
+        ('Translate "yes" into French.', 'Translate "no" into French.', "quotes"),
+        ("What does `a` do?", "What does `b` do?", "quotes"),
+        ("What does get_user() do?", "What does get_users() do?", "identifiers"),
+        ("What is 2 plus 3?", "What is 3 plus 2?", "numbers"),
+        ("Is it open at 3:00?", "Is it open at 3:30?", "numbers"),
+        ("How much is 5 kg?", "How much is 5 miles?", "numbers"),
+        ("Pack for two days.", "Pack for three days.", "numbers"),
+        ("Do we ship to Kenya?", "Do we ship to Peru?", "names"),
+        ("Does Ann owe Bob money?", "Does Bob owe Ann money?", "names"),
+        ("Are pets allowed?", "Are pets not allowed?", "negation"),
+        ("Can I pay?", "Can't I pay?", "negation"),
+        ("When does the zoo open?", "When does the zoo close?", "direction"),
+        ("How do I go from home to work?", "How do I go from work to home?", "direction"),
+        ("Who built the tower?", "When was the tower built?", "asked"),
+        ("How can I cancel my order?", "Can I cancel my order?", "asked"),
+        ("May I park here?", "Must I park here?", "asked"),
+        ("Who is president?", "Who was president?", "asked"),
+        ("What is my name?", "What is your name?", "asked"),
+        ("How do I cook rice?", "How do I cook pasta?", "words"),
+        ("How do I cook rice?", "How do I cook rice in a microwave?", "words"),
+        ("What is it worth in $?", "What is it worth in €?", "words"),
+        ("Is 3 < 4?", "Is 3 > 4?", "numbers"),
+        ("Does the dog bite the man?", "Does the man bite the dog?", "words"),
+        ("Darf ich hier parken?", "Darf ich hier nicht parken?", "words"),
+        ("如何煮鸡蛋", "如何不煮鸡蛋", "words"),
+        ("Why is the sky blue?", "¿Por qué es azul el cielo?", "asked"),
+        ("a" * (MAX_CHARACTERS + 1), "a", "length"),
+    ],
+)
+def test_near_misses_differ(one, other, rule):
+    assert difference(one, other) == rule
+    assert difference(other, one) is not None
+
+
+def test_every_rule_is_needed_by_a_test():
+    rules = [mark.args[1] for mark in test_near_misses_differ.pytestmark]
+    assert {case[2] for case in rules[0]} - {"length"} == set(RULES)
+
+
+@pytest.mark.parametrize("text", ["", "?", "``", "-", "\ud800", "'''", "1", "!" * 3000, "a\0b"])
+def test_any_text_can_be_compared(text):
+    assert difference(text, text) is None
+    difference(text, "What is 2 plus 3?")
