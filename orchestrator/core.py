@@ -22,6 +22,7 @@ from orchestrator.config import (
 )
 from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.decision import Candidate, Decision, RequestContext
+from orchestrator.embeddings import Embeddings
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
@@ -104,6 +105,7 @@ class Orchestrator:
             name: _build_route(name, route, routers[route.router], self.cards)
             for name, route in config.routes.items()
         }
+        self.embeddings = Embeddings(config, routers)
         self._named_costs = {n: ExpectedCosts.of([card]) for n, card in self.cards.items()}
         self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
         self._single = SingleStrategy()
@@ -197,6 +199,7 @@ class Orchestrator:
     async def aclose(self) -> None:
         """Free routers' threads and all experts."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.embeddings.close()
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
         )
