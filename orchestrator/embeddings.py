@@ -58,7 +58,10 @@ class EmbeddingRequest(BaseModel):
 
     @field_validator("input", mode="before")
     @classmethod
-    def _no_tokens(cls, given: Any) -> Any:
+    def _some_texts_and_no_tokens(cls, given: Any) -> Any:
+        # Of a union pydantic tells what is wrong for its first member.
+        if isinstance(given, list) and not 1 <= len(given) <= MAX_INPUTS:
+            raise ValueError(f"must be a text or 1 to {MAX_INPUTS} texts, got {len(given)}")
         first = given[0] if isinstance(given, list) and given else None
         if isinstance(first, int | list) and not isinstance(first, bool):
             raise ValueError("token ids belong to another model's vocabulary; send texts")

@@ -8,8 +8,8 @@ A folder:
 * ``vectors.safetensors``: by encoder, shape (n_passages, width), each row of length 1
 
 The search is exact: one product of all vectors with the query's. For 100,000 passages that takes
-about 15 ms on one core, which an approximate index would bring to less than one, at the price of
-passages it misses, of another dependency, and of 10 to 30 s to build; ``docs/retrieval.md`` has the
+tens of milliseconds on one core, which an approximate index would bring below one, at the price of
+passages it misses, of another dependency, and of minutes to build; ``docs/retrieval.md`` has the
 numbers.
 """
 
@@ -38,6 +38,7 @@ __all__ = [
     "EncoderSource",
     "Found",
     "IndexManifest",
+    "IndexedEncoder",
     "PassageIndex",
     "TextEncoder",
     "build_index",

@@ -107,7 +107,7 @@ def _sections(path: str, text: str) -> Iterator[tuple[str, list[str]]]:
 
     def end_paragraph() -> None:
         if any(line.strip() for line in lines):
-            paragraphs.append("\n".join(lines).strip("\n"))
+            paragraphs.append("\n".join(lines).strip("\n").rstrip())
         lines.clear()
 
     markdown = not path.lower().endswith(".txt")
