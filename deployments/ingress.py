@@ -11,12 +11,13 @@ from ray.serve.handle import DeploymentHandle
 from deployments.handles import HandleExpert
 from deployments.vllm_server import is_remote
 from experts.base import Expert
-from experts.config import cards_of
+from experts.config import RetrieverExpertConfig, cards_of
 from experts.registry import open_experts
 from orchestrator.config import CollegiumConfig, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.http.app import create_app
 from orchestrator.memory.opening import open_memory
+from orchestrator.retrieval import with_retrievers
 from orchestrator.settings import api_keys
 
 __all__ = ["Ingress"]
@@ -64,6 +65,8 @@ def _experts(
 ) -> dict[str, Expert]:
     experts: dict[str, Expert] = {}
     for entry, handle in zip(config.experts, handles, strict=True):
+        if isinstance(entry, RetrieverExpertConfig):
+            continue
         if handle is None:
             experts |= open_experts(entry)
             continue
@@ -71,4 +74,4 @@ def _experts(
             remote = card.adapter is not None and is_remote(card.adapter)
             model_id = f"{entry.name}:{card.name}" if remote else None
             experts[card.name] = HandleExpert(card, handle, multiplexed_model_id=model_id)
-    return experts
+    return with_retrievers(config, experts)

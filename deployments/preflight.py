@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from experts.config import TransformersExpertConfig, VLLMExpertConfig
+from experts.config import RetrieverExpertConfig, TransformersExpertConfig, VLLMExpertConfig
 from experts.errors import ExpertConfigError
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from orchestrator.config import CollegiumConfig, ConfigError
@@ -44,16 +44,20 @@ def check_port(setting: str, host: str, port: int) -> None:
 
 
 def check_weights(config: CollegiumConfig) -> None:
-    """Make sure that local weights and adapters exist; names on hubs are not looked up.
+    """Make sure that local weights, adapters and indexes exist; hubs are not asked.
 
     Raises:
         ConfigError: A path does not exist.
     """
     for entry in config.experts:
-        if not isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
+        if isinstance(entry, RetrieverExpertConfig):
+            references = [entry.index]
+        elif isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
+            adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
+            references = [*_local(entry.model), *adapters]
+        else:
             continue
-        adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
-        for reference in [*_local(entry.model), *adapters]:
+        for reference in references:
             try:
                 resolve_path(reference)
             except ExpertConfigError as error:

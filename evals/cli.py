@@ -184,14 +184,24 @@ async def _collect(
 ) -> dict[str, int]:
     from evals.collect import collect
     from experts.base import Expert
-    from experts.config import cards_of
+    from experts.config import RetrieverExpertConfig, cards_of
     from experts.registry import open_experts
+    from orchestrator.retrieval import with_retrievers
 
     experts: dict[str, Expert] = {}
+    retrievers = [
+        entry
+        for entry in config.experts
+        if isinstance(entry, RetrieverExpertConfig) and (not names or entry.name in names)
+    ]
+    needed = {*names, *(entry.reader for entry in retrievers)}
     try:
         for entry in config.experts:
-            if not names or any(card.name in names for card in cards_of(entry)):
+            if isinstance(entry, RetrieverExpertConfig):
+                continue
+            if not names or any(card.name in needed for card in cards_of(entry)):
                 experts |= open_experts(entry)
+        experts = with_retrievers(config.model_copy(update={"experts": retrievers}), experts)
         wanted = {name: experts[name] for name in names or experts}
         return await collect(wanted, tasks, out, options)
     finally:

@@ -6,6 +6,7 @@ Knows nothing of how engines are built or hosted; the open dictionaries (``engin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
@@ -17,13 +18,16 @@ __all__ = [
     "DeploymentConfig",
     "ExpertConfig",
     "OpenAIExpertConfig",
+    "RetrieverExpertConfig",
     "ScriptRule",
     "ScriptedExpertConfig",
     "ScriptedFaults",
     "ScriptedToolCall",
     "TransformersExpertConfig",
     "VLLMExpertConfig",
+    "all_cards",
     "cards_of",
+    "retriever_card",
 ]
 
 # Names end up in headers, URLs, file names and Ray deployment names.
@@ -238,8 +242,50 @@ class ScriptedExpertConfig(_ExpertBase):
         return rules
 
 
+class RetrieverExpertConfig(_Strict):
+    """Another expert that reads passages of your documents before it answers.
+
+    Abilities, context, sizes and prices are those of the reader.
+    """
+
+    engine: Literal["retriever"]
+    """Which engine answers."""
+    name: ExpertName
+    """What users put in ``model``."""
+    description: str = ""
+    """What it is good at, in a sentence."""
+    index: str = Field(min_length=1)
+    """Folder that ``collegium index`` wrote: a path, relative ones to the config file, or
+    ``package:NAME/FOLDER``. It must be on every machine with an ingress."""
+    reader: ExpertName | None = None
+    """Name of the expert that answers from the passages; none gives the passages themselves."""
+    top_k: int = Field(default=4, ge=1, le=64)
+    """Passages to read at most."""
+    max_context_tokens: int = Field(default=1024, ge=16)
+    """Tokens of all passages together at most; fewer where the reader's context is too short. The
+    expected cost of an answer counts them in full."""
+    min_score: float = Field(default=-1.0, ge=-1, le=1)
+    """The reader is asked without passages where none has a cosine as high as this."""
+    append_sources: bool = False
+    """Also list the sources at the end of the answer's text, not only in its field ``sources``."""
+    latency_s: float | None = Field(default=None, gt=0)
+    """Seconds a whole answer typically takes, for policies with a ceiling; none leaves it to what
+    was measured when the router's outcome table was collected."""
+    energy_j: float | None = Field(default=None, gt=0)
+    """Joules a whole answer typically takes, for policies with a ceiling."""
+
+    @property
+    def deployment(self) -> None:
+        """None: the index is searched where the reader is called from."""
+        return
+
+
 ExpertConfig = Annotated[
-    VLLMExpertConfig | TransformersExpertConfig | OpenAIExpertConfig | ScriptedExpertConfig,
+    VLLMExpertConfig
+    | TransformersExpertConfig
+    | OpenAIExpertConfig
+    | ScriptedExpertConfig
+    | RetrieverExpertConfig,
     Field(discriminator="engine"),
 ]
 
@@ -254,8 +300,11 @@ _CAPABILITIES: dict[str, frozenset[Capability]] = {
 def cards_of(config: ExpertConfig) -> list[ExpertCard]:
     """The cards of all experts one config entry gives: the model's own, then its adapters'.
 
-    A vLLM model also offers ``tools`` if its engine arguments name a ``tool_call_parser``.
+    A vLLM model also offers ``tools`` if its engine arguments name a ``tool_call_parser``. A
+    retriever's card needs its reader's: see ``all_cards``.
     """
+    if isinstance(config, RetrieverExpertConfig):
+        return [retriever_card(config, None)]
     capabilities = config.capabilities
     if capabilities is None:
         capabilities = _CAPABILITIES[config.engine]
@@ -284,3 +333,33 @@ def cards_of(config: ExpertConfig) -> list[ExpertCard]:
             for a in adapters
         ),
     ]
+
+
+def retriever_card(config: RetrieverExpertConfig, reader: ExpertCard | None) -> ExpertCard:
+    """The card of a retriever: its reader's, with the passages in every prompt."""
+    own: dict[str, Any] = {
+        "name": config.name,
+        "description": config.description,
+        "latency_s": config.latency_s,
+        "energy_j": config.energy_j,
+    }
+    if reader is None:
+        return ExpertCard(**own, capabilities=frozenset({"chat"}))
+    return reader.model_copy(
+        update={
+            **own,
+            # A text to go on from holds no question.
+            "capabilities": reader.capabilities - {"completion"},
+            "added_prompt_tokens": config.max_context_tokens,
+        }
+    )
+
+
+def all_cards(entries: Iterable[ExpertConfig]) -> dict[str, ExpertCard]:
+    """The cards of all experts of a config by name, in its order."""
+    entries = list(entries)
+    cards = {card.name: card for entry in entries for card in cards_of(entry)}
+    for entry in entries:
+        if isinstance(entry, RetrieverExpertConfig) and entry.reader is not None:
+            cards[entry.name] = retriever_card(entry, cards.get(entry.reader))
+    return cards

@@ -270,6 +270,8 @@ class Chunk:
         logprobs: OpenAI's logprobs object for the new text.
         usage: Token counts so far; set on the last chunk of a request at the latest.
         progress: What is being done, for whoever waits; no part of the answer.
+        sources: What the answer was made from, ``[{id, title, path, score}]`` in the order of their
+            numbers; on the last chunk of an answer.
     """
 
     index: int = 0
@@ -279,6 +281,7 @@ class Chunk:
     logprobs: dict[str, Any] | None = None
     usage: Usage | None = None
     progress: str | None = None
+    sources: list[dict[str, Any]] | None = None
 
 
 @dataclass(slots=True)
@@ -289,6 +292,7 @@ class Choice:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
+    sources: list[dict[str, Any]] | None = None
 
 
 @dataclass(slots=True)
@@ -319,6 +323,8 @@ async def collect(chunks: AsyncIterable[Chunk]) -> Completion:
         if chunk.logprobs:
             choice.logprobs = _merge_logprobs(choice.logprobs, chunk.logprobs)
         choice.finish_reason = chunk.finish_reason or choice.finish_reason
+        if chunk.sources is not None:
+            choice.sources = chunk.sources
         usage = chunk.usage or usage
     for index, choice in choices.items():
         choice.text = "".join(texts[index])
@@ -368,6 +374,8 @@ class ExpertCard(BaseModel):
     """US dollars per million prompt tokens."""
     output_usd_per_mtok: float = Field(default=0.0, ge=0)
     """US dollars per million answer tokens."""
+    added_prompt_tokens: int = Field(default=0, ge=0)
+    """Tokens it puts into each prompt by itself, such as passages it has looked up."""
     latency_s: float | None = Field(default=None, gt=0)
     """Seconds a whole answer typically takes; none leaves it to what was measured."""
     energy_j: float | None = Field(default=None, gt=0)

@@ -27,8 +27,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evals.evaluate_cli:evaluate_command", "Judge routers on an outcome table."),
     "calibrate": ("evals.calibrate_cli:calibrate_command", "Fit a policy to a budget or a share."),
     "collect": ("evals.cli:collect_command", "Run experts on tasks: an outcome table."),
+    "collect-embedders": (
+        "evals.retrieval_cli:collect_embedders_command",
+        "Score embedders on questions: an outcome table.",
+    ),
     "import": ("evals.import_cli:import_command", "Make an outcome table from other files."),
     "tasks": ("evals.cli:tasks_command", "List and export evaluation tasks."),
+    "index": ("orchestrator.index_cli:index_command", "Make an index of documents to look up."),
     "config": ("orchestrator.config_cli:config_command", "Check and show configs."),
     "doctor": ("deployments.cli:doctor_command", "Say what is wrong with this machine's setup."),
 }

@@ -20,7 +20,13 @@ from pydantic import (
     model_validator,
 )
 
-from experts.config import EnvironmentName, ExpertConfig, cards_of
+from experts.config import (
+    EnvironmentName,
+    ExpertConfig,
+    RetrieverExpertConfig,
+    all_cards,
+    cards_of,
+)
 from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
@@ -39,6 +45,8 @@ __all__ = [
     "BudgetConfig",
     "CollegiumConfig",
     "ConfigError",
+    "EmbedderConfig",
+    "EmbeddingRouteConfig",
     "LimitsConfig",
     "RayConfig",
     "RouteConfig",
@@ -102,6 +110,25 @@ class RouteConfig(StrictModel):
     """Names of the experts to choose from; none means all that the router knows."""
     learning: LearningConfig | None = None
     """How feedback corrects the router's predictions; none leaves them alone."""
+
+
+class EmbedderConfig(StrictModel):
+    """A name users can put in ``model`` of ``POST /v1/embeddings``."""
+
+    encoder: str = Field(min_length=1)
+    """Whose vectors, such as ``minilm-int8``, ``multilingual`` or
+    ``sentence-transformers:PATH``."""
+    description: str = ""
+    """What it is good at, in a sentence; shown in ``/v1/models``."""
+
+
+class EmbeddingRouteConfig(StrictModel):
+    """How ``auto`` chooses among embedders."""
+
+    router: str
+    """Name of a router from ``routers``, trained on a table whose models are embedders."""
+    embedders: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the embedders to choose from; none means all that the router knows."""
 
 
 class LimitsConfig(StrictModel):
@@ -176,6 +203,11 @@ class CollegiumConfig(StrictModel):
     """Who predicts which expert answers well, by name."""
     routes: dict[RouteName, RouteConfig] = Field(default_factory=dict)
     """Names users can put in ``model``; ``auto`` is the one for requests without a model."""
+    embedders: dict[RouteName, EmbedderConfig] = Field(default_factory=dict)
+    """Who turns texts into vectors, by name; without ``embedding_route`` the first one is
+    ``auto``."""
+    embedding_route: EmbeddingRouteConfig | None = None
+    """How ``auto`` chooses among embedders."""
     server: ServerConfig = ServerConfig()
     """Address, keys and limits of the HTTP side."""
     memory: MemoryConfig = SQLiteMemoryConfig()
@@ -189,7 +221,7 @@ class CollegiumConfig(StrictModel):
 
     def cards(self) -> dict[str, ExpertCard]:
         """The cards of all experts, adapters included, by name, in config order."""
-        return {card.name: card for entry in self.experts for card in cards_of(entry)}
+        return all_cards(self.experts)
 
     @property
     def fingerprint(self) -> str:
@@ -212,6 +244,43 @@ class CollegiumConfig(StrictModel):
                     raise ValueError(f"expert {name!r} is defined twice; names must differ")
                 seen.add(name)
         return experts
+
+    @model_validator(mode="after")
+    def _readers_exist(self) -> CollegiumConfig:
+        retrievers = [e for e in self.experts if isinstance(e, RetrieverExpertConfig)]
+        names = self.cards().keys() - {entry.name for entry in retrievers}
+        for entry in retrievers:
+            if entry.reader is not None and entry.reader not in names:
+                raise ValueError(
+                    f"the reader {entry.reader!r} of expert {entry.name!r} is no expert that is no "
+                    f"retriever itself; known: {', '.join(map(repr, sorted(names))) or 'none'}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _embedders_hold(self) -> CollegiumConfig:
+        for name in self.embedders:
+            if name == "auto" or name in self.routes or name in self.cards():
+                raise ValueError(
+                    f"{name!r} names an embedder and a route or an expert; rename one"
+                    if name != "auto"
+                    else "no embedder may be called 'auto': that is the choice among them"
+                )
+        route = self.embedding_route
+        if route is None:
+            return self
+        if route.router not in self.routers:
+            known = ", ".join(map(repr, self.routers)) or "none"
+            raise ValueError(
+                f"embedding_route uses the unknown router {route.router!r}; known: {known}"
+            )
+        for name in route.embedders or ():
+            if name not in self.embedders:
+                raise ValueError(
+                    f"embedding_route uses the unknown embedder {name!r}; "
+                    f"known: {', '.join(map(repr, self.embedders)) or 'none'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _references_hold(self) -> CollegiumConfig:
@@ -399,4 +468,10 @@ def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:
     memory = config.memory
     if isinstance(memory, SQLiteMemoryConfig) and memory.path:
         memory = memory.model_copy(update={"path": str((base / memory.path).resolve())})
-    return config.model_copy(update={"routers": routers, "memory": memory})
+    experts = tuple(
+        entry.model_copy(update={"index": str((base / entry.index).resolve())})
+        if isinstance(entry, RetrieverExpertConfig) and ":" not in entry.index
+        else entry
+        for entry in config.experts
+    )
+    return config.model_copy(update={"routers": routers, "experts": experts, "memory": memory})

@@ -29,6 +29,7 @@ from orchestrator.decision import (
     SessionShare,
     new_decision_id,
 )
+from orchestrator.embeddings import Embeddings
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
 from orchestrator.learning.feedback import Learning
 from orchestrator.learning.learner import Learner, Lesson
@@ -135,6 +136,7 @@ class Orchestrator:
             )
             for name, route in config.routes.items()
         }
+        self.embeddings = Embeddings(config, routers)
         self._named_costs = {n: ExpectedCosts.of([card]) for n, card in self.cards.items()}
         self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
         self._single = SingleStrategy()
@@ -363,6 +365,7 @@ class Orchestrator:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._cache is not None:
             self._cache.close()
+        self.embeddings.close()
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
         )

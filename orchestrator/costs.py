@@ -34,7 +34,8 @@ class ExpectedCosts:
         input_usd: Price of a token of the prompt, shape (n_experts,).
         output_usd: Price of a token of the answer, same shape.
         output_tokens: Of the expert's mean answer, same shape.
-        answer_usd: Measured mean cost of an answer where the expert has no price, same shape.
+        answer_usd: What each answer costs besides: the tokens an expert puts into prompts by
+            itself, or the measured mean cost where it has no price; same shape.
         answer_cost: Cost of an answer in a unit other than US dollars, 0 where unknown, same shape.
     """
 
@@ -69,7 +70,9 @@ class ExpectedCosts:
                 card.input_usd_per_mtok / 1e6,
                 card.output_usd_per_mtok / 1e6,
                 one.output_tokens or TYPICAL_ANSWER_TOKENS,
-                0.0 if card.input_usd_per_mtok or card.output_usd_per_mtok else one.cost_usd or 0.0,
+                card.added_prompt_tokens * card.input_usd_per_mtok / 1e6
+                if card.input_usd_per_mtok or card.output_usd_per_mtok
+                else one.cost_usd or 0.0,
                 0.0 if unit == "usd" else cost_per_answer(card, unit, measured) or 0.0,
             )
             for card, one in zip(cards, known, strict=True)

@@ -69,7 +69,7 @@ class UnknownModelError(RequestError):
     """No expert and no route has this name."""
 
     def __init__(self, model: str, known: Iterable[str], param: str = "model") -> None:
-        names = ", ".join(map(repr, known))
+        names = ", ".join(map(repr, known)) or "none"
         super().__init__(f"unknown {param} {model!r}; known: {names}", param)
 
 

@@ -21,10 +21,12 @@ from starlette.responses import Response
 from experts.errors import ExpertError
 from orchestrator.core import Orchestrator
 from orchestrator.decision import PUBLIC, RequestContext
+from orchestrator.embeddings import EmbeddingRequest
 from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
 from orchestrator.http import errors, schemas
 from orchestrator.http.admission import Admission
 from orchestrator.http.body import parse_body
+from orchestrator.http.embeddings import EmbeddingsEndpoint
 from orchestrator.http.encoding import JSONBytes
 from orchestrator.http.generation import DEBUG_HEADER, Generation, decision_headers
 from orchestrator.http.requests import OPTION_HEADERS, ChatBody, CompletionBody, options_of
@@ -63,6 +65,7 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     # Starlette's types know handlers of any Exception only.
     app.add_exception_handler(HTTPException, _http_exception)  # type: ignore[arg-type]
     _add_generation(app, generation, keys)
+    _add_embeddings(app, EmbeddingsEndpoint(orchestrator, telemetry, admission), keys)
     _add_route(app, orchestrator, admission, keys)
     _add_models(app, orchestrator, keys)
     _add_memory(app, orchestrator, keys)
@@ -177,6 +180,25 @@ def _add_generation(app: FastAPI, generation: Generation, keys: list[bytes]) -> 
     app.include_router(router)
 
 
+def _add_embeddings(app: FastAPI, endpoint: EmbeddingsEndpoint, keys: list[bytes]) -> None:
+    router = APIRouter(route_class=_RawRoute)
+
+    @router.post(
+        "/v1/embeddings",
+        summary="Turn texts into vectors",
+        responses={
+            200: {"model": schemas.EmbeddingList},
+            **_failures(400, 401, 404, 408, 413, 415, 429, 500, 502, 504),
+        },
+        openapi_extra=_body(EmbeddingRequest),
+    )
+    async def embeddings(http: Request) -> Response:
+        _check_key(http, keys)
+        return await endpoint.respond(http)
+
+    app.include_router(router)
+
+
 def _add_route(
     app: FastAPI, orchestrator: Orchestrator, admission: Admission, keys: list[bytes]
 ) -> None:
@@ -228,14 +250,20 @@ def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
                 )
                 for name, card in orchestrator.cards.items()
             },
+            **{
+                name: schemas.ModelEntry(
+                    id=name, created=created, kind="embedder", description=embedder.description
+                )
+                for name, embedder in orchestrator.config.embedders.items()
+            },
         }
 
-    @app.get("/v1/models", summary="List experts and routes", responses=_failures(401))
+    @app.get("/v1/models", summary="List experts, routes and embedders", responses=_failures(401))
     async def list_models(http: Request) -> schemas.ModelList:
         _check_key(http, keys)
         return schemas.ModelList(data=list(entries().values()))
 
-    @app.get("/v1/models/{id}", summary="Show one expert or route", responses=_failures(401, 404))
+    @app.get("/v1/models/{id}", summary="Show one of these", responses=_failures(401, 404))
     async def show_model(http: Request, id: str) -> schemas.ModelEntry:
         _check_key(http, keys)
         known = entries()
@@ -309,7 +337,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         components = schema.setdefault("components", {}).setdefault("schemas", {})
         # Bodies are parsed from the raw request, so FastAPI cannot find their models by itself.
-        for model in (ChatBody, CompletionBody, FeedbackBody):
+        for model in (ChatBody, CompletionBody, EmbeddingRequest, FeedbackBody):
             described = model.model_json_schema(ref_template=_COMPONENTS)
             components.update(described.pop("$defs", {}))
             components[model.__name__] = described

@@ -45,6 +45,8 @@ class AnswerShape:
         if choice.tool_calls:
             message["content"] = choice.text or None
             message["tool_calls"] = choice.tool_calls
+        if choice.sources is not None:
+            message["sources"] = choice.sources
         return {
             "index": index,
             "message": message,
@@ -73,6 +75,8 @@ class AnswerShape:
                 delta["content"] = chunk.text
             if chunk.tool_calls:
                 delta["tool_calls"] = chunk.tool_calls
+            if chunk.sources is not None:
+                delta["sources"] = chunk.sources
             content = {"delta": delta}
         else:
             content = {"text": chunk.text}

@@ -11,6 +11,7 @@ from experts.types import Usage
 __all__ = [
     "ChatChunk",
     "ChatCompletion",
+    "EmbeddingList",
     "ErrorBody",
     "HealthBody",
     "ModelEntry",
@@ -45,12 +46,26 @@ class ErrorBody(_Shape):
     error: ErrorDetail
 
 
+class Source(_Shape):
+    """A passage that an answer was made from."""
+
+    id: str
+    title: str
+    """The headings it stands under."""
+    path: str
+    """The document."""
+    score: float
+    """Cosine with the question."""
+
+
 class AnswerMessage(_Shape):
     """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
     tool_calls: list[dict[str, Any]] | None = None
+    sources: list[Source] | None = None
+    """What a retriever answered from, in the order of the numbers cited; not of other experts."""
 
 
 class ChatChoice(_Shape):
@@ -112,6 +127,8 @@ class ChatDelta(_Shape):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    sources: list[Source] | None = None
+    """What a retriever answers from; on the last chunk of an answer."""
 
 
 class ChatChunkChoice(_Shape):
@@ -146,14 +163,40 @@ class TextChunk(_Chunk):
     choices: list[TextChunkChoice]
 
 
+class Embedding(_Shape):
+    """The vector of one input."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """Numbers, or the base64 of little-endian float32."""
+
+
+class EmbeddingUsage(_Shape):
+    """Estimated token counts: encoders do not tell theirs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(_Shape):
+    """Vectors of all inputs, by one embedder."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    """The embedder."""
+    usage: EmbeddingUsage
+
+
 class ModelEntry(_Shape):
-    """A name that can stand in ``model``: an expert or a route."""
+    """A name that can stand in ``model``: an expert, a route or an embedder."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "collegium"
-    kind: Literal["expert", "route"]
+    kind: Literal["expert", "route", "embedder"]
     description: str = ""
     experts: list[str] | None = None
     """A route's experts."""

@@ -234,7 +234,12 @@ def play(completion: Completion, usage: Usage) -> Iterable[Chunk]:
     for index, choice in enumerate(completion.choices):
         calls = [{"index": place, **call} for place, call in enumerate(choice.tool_calls)]
         yield Chunk(
-            index, choice.text, calls or None, choice.finish_reason or "stop", choice.logprobs
+            index,
+            choice.text,
+            calls or None,
+            choice.finish_reason or "stop",
+            choice.logprobs,
+            sources=choice.sources,
         )
     yield Chunk(usage=usage)
 
