@@ -77,7 +77,7 @@ class SQLiteStore:
         StoreError: The file cannot be opened, or is no database.
     """
 
-    def __init__(self, path: str | None = None, *, max_records: int = 100_000) -> None:
+    def __init__(self, path: str | None = None, *, max_records: int = 20_000) -> None:
         self._max_records = max_records
         self._closed = False
         self._purged = time.monotonic()

@@ -30,7 +30,7 @@ def open_store(request, tmp_path: Path) -> OpenStore:
     if request.param == "file":
         return lambda **options: SQLiteStore(str(tmp_path / "memory.db"), **options)
     url, prefix = request.getfixturevalue("redis").url, uuid.uuid4().hex
-    return lambda **options: RedisStore(url, prefix=prefix, **options)
+    return lambda **options: RedisStore(url, prefix=prefix, timeout_s=10, **options)
 
 
 @pytest.mark.parametrize("check", store_checks(), ids=lambda check: check.__name__)
