@@ -160,7 +160,7 @@ class RedisStore:
         return self._prefix + kind + _bytes(key)
 
     def _log(self, log: str) -> list[bytes]:
-        # Braces put the three on the same node of a cluster, as scripts need it.
+        # Behind a proxy, braces put the three on the same server, as scripts need it.
         name = self._prefix + b"log:{" + _bytes(log) + b"}:"
         return [name + part for part in (b"records", b"order", b"last")]
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,15 @@ async def test_sqlite_forgets_what_has_expired(tmp_path: Path, monkeypatch):
     rows = store._database.execute("SELECT key FROM entries").fetchall()
     assert rows == [(b"long",)]
     await store.aclose()
+
+
+def test_sqlite_files_can_be_opened_by_many_at_once(tmp_path: Path):
+    for number in range(5):
+        path = str(tmp_path / f"{number}.db")
+        with ThreadPoolExecutor(4) as threads:
+            stores = list(threads.map(lambda path: SQLiteStore(path), [path] * 4))
+        for store in stores:
+            asyncio.run(store.aclose())
 
 
 async def test_redis_says_what_is_wrong_with_its_address():
