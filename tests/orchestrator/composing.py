@@ -9,7 +9,7 @@ from typing import Any
 from experts.config import ScriptedExpertConfig
 from experts.errors import ExpertError
 from experts.scripted import ScriptedExpert
-from experts.types import Chunk, Completion, collect
+from experts.types import ChatRequest, Chunk, Completion, collect
 from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.strategies.base import Strategy
@@ -100,9 +100,13 @@ class Run:
         """Who was asked for what."""
         return [call.expert for call in self.context.calls if call.purpose == purpose]
 
+    def chats(self, name: str) -> list[ChatRequest]:
+        """What an expert was asked."""
+        return [asked for asked in self.experts[name].requests if isinstance(asked, ChatRequest)]
+
     def last_prompt(self, name: str) -> str:
         """The last message that an expert got last."""
-        return self.experts[name].requests[-1].messages[-1].text  # type: ignore[union-attr]
+        return self.chats(name)[-1].messages[-1].text
 
     @property
     def active(self) -> int:

@@ -93,7 +93,7 @@ class Visitor:
                  "method": "POST", "scheme": "http", "path": CHAT, "raw_path": CHAT.encode(),
                  "query_string": b"", "root_path": "", "headers": headers,
                  "client": ("127.0.0.1", 1), "server": ("test", 80)}  # fmt: skip
-        await app(scope, self._receive, self._send)  # type: ignore[arg-type]  # plain dicts
+        await app(scope, self._receive, self._send)
 
     async def _receive(self) -> dict[str, Any]:
         if self._unread:

@@ -90,6 +90,7 @@ def test_text_instead_of_a_tool_call_will_do():
 
 def test_every_choice_is_checked():
     form = AnswerForm.of(chat_request(response_format=CITY, n=2))
+    assert form is not None
     assert form.fault(Chunk(0, '{"city": 1}', finish_reason="stop")) is None
     assert form.fault(Chunk(1, "oops", finish_reason="stop"))
 

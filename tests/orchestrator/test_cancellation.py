@@ -19,28 +19,38 @@ POOLS_PER_STRATEGY = 6
 DEADLINE_S = 0.4
 
 
-async def one_after_another(strategy: str, seed: int, trials: int) -> int:
-    """Clients of a service with random delays and failures; returns how many left early."""
-    chance = random.Random(f"{strategy} {seed}")
-    rule = {"delay_s": chance.choice([0, 0.02, 0.1, 30]), "chunk_delay_s": chance.uniform(0, 0.1)}
-    faults = {"share": 0.3, "seed": seed}
-    orchestrator = orchestrator_of(strategy, timeout_s=DEADLINE_S, faults=faults, rule=rule)
-    app, left = create_app(orchestrator), 0
-    for _ in range(trials):
-        visitor = Visitor(app, chat_body(stream=chance.random() < 0.5))
-        leaves = chance.random() < 0.7
-        await asyncio.wait({visitor.task}, timeout=chance.uniform(0, 0.3) if leaves else None)
-        left += not visitor.task.done()
-        visitor.leave()
-        await eventually(lambda: active(orchestrator) == 0)
-        await visitor.task
-    return left
+class Pool:
+    """A service with random delays and failures, and clients of random patience."""
+
+    def __init__(self, strategy: str, seed: int) -> None:
+        self.chance = random.Random(f"{strategy} {seed}")
+        delay_s = self.chance.choice([0, 0.02, 0.1, 30])
+        rule = {"delay_s": delay_s, "chunk_delay_s": self.chance.uniform(0, 0.1)}
+        faults = {"share": 0.3, "seed": seed}
+        self.orchestrator = orchestrator_of(
+            strategy, timeout_s=DEADLINE_S, faults=faults, rule=rule
+        )
+        self.app = create_app(self.orchestrator)
+
+    async def visit(self, times: int) -> int:
+        """Have so many clients come one after another; returns how many left early."""
+        left = 0
+        for _ in range(times):
+            visitor = Visitor(self.app, chat_body(stream=self.chance.random() < 0.5))
+            patience_s = self.chance.uniform(0, 0.3) if self.chance.random() < 0.7 else None
+            await asyncio.wait({visitor.task}, timeout=patience_s)
+            left += not visitor.task.done()
+            visitor.leave()
+            await eventually(lambda: active(self.orchestrator) == 0)
+            await visitor.task
+        return left
 
 
 async def test_a_second_after_a_client_has_left_no_expert_is_active():
-    pools = [(name, seed) for name in STRATEGIES for seed in range(POOLS_PER_STRATEGY)]
-    trials = math.ceil(TRIALS / len(pools))
-    left = await asyncio.gather(*(one_after_another(*pool, trials) for pool in pools))
+    # All are made first: making one takes long enough to keep the clients of others waiting.
+    pools = [Pool(name, seed) for name in STRATEGIES for seed in range(POOLS_PER_STRATEGY)]
+    times = math.ceil(TRIALS / len(pools))
+    left = await asyncio.gather(*(pool.visit(times) for pool in pools))
     assert sum(left) > TRIALS / 4
 
 

@@ -235,7 +235,11 @@ def test_wrong_depths_are_refused(depth):
 class Draftsman:
     """A router that prefers the small expert until there is a draft."""
 
-    models = ("small", "medium", "large")
+    method = "draftsman"
+
+    @property
+    def models(self) -> list[str]:
+        return ["small", "medium", "large"]
 
     def predict(self, queries, candidates):
         import numpy as np
@@ -266,6 +270,7 @@ async def test_a_further_decision_has_the_same_knob_and_candidates():
     options = RoutingOptions(route="chain", cost_quality=0.0, allowed_models=["*a*"])
     decision = await orchestrator.decide(run.request, options=options)
     chunks = orchestrator.run(run.request, decision, run.context)
+    assert run.context.reroute is not None
     further = await run.context.reroute(run.request)
     assert (further.experts, further.cost_quality) == (decision.experts, 0.0)
     assert set(further.experts) == {"small", "large"}

@@ -86,7 +86,8 @@ def check_stream(form: str, response: Any) -> str:
     assert all("error" not in piece for piece in pieces)
     models = {piece["model"] for piece in pieces}
     assert len(models) <= 1
-    text, calls, reasons = "", {}, []
+    text, reasons = "", []
+    calls: dict[int, list[str]] = {}
     for piece in pieces:
         (choice,) = piece["choices"]
         text += choice["delta"].get("content") or ""

@@ -296,7 +296,7 @@ async def test_the_aggregator_owns_the_tools():
     answer = await run.answer()
     assert [call["function"]["name"] for call in answer.choices[0].tool_calls] == ["weather"]
     assert answer.choices[0].finish_reason == "tool_calls"
-    assert not run.experts["b"].requests[0].tools
+    assert not run.chats("b")[0].tools
     assert "You can: call one" in run.last_prompt("a")
 
 
@@ -307,7 +307,7 @@ async def test_a_conversation_that_ends_with_a_tools_result_goes_on():
                 {"role": "tool", "tool_call_id": "1", "content": "sunny"}]  # fmt: skip
     run = Run(fusion(), [writer("a"), member("b")], messages=messages, tools=[TOOL])
     await run.answer()
-    roles = [message.role for message in run.experts["a"].requests[-1].messages]
+    roles = [message.role for message in run.chats("a")[-1].messages]
     assert roles == ["user", "assistant", "tool", "user"]
 
 
@@ -318,7 +318,8 @@ async def test_images_stay_with_the_question():
     panel = [scripted(name, **sees) for name in "ab"]
     run = Run(fusion(), panel, messages=[{"role": "user", "content": content}])
     await run.answer()
-    parts = run.experts["a"].requests[-1].messages[-1].content
+    parts = run.chats("a")[-1].messages[-1].content
+    assert isinstance(parts, list)
     assert [part.type for part in parts] == ["text", "image_url", "text"]
 
 

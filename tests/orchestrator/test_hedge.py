@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
+import openai
 import pytest
 from pydantic import ValidationError
 
 from experts.errors import ExpertTimeoutError, ExpertUnavailableError
 from orchestrator.errors import CostLimitError
+from orchestrator.http.app import create_app
 from orchestrator.strategies.hedge import KEPT_TIMES, HedgeStrategy
-from tests.orchestrator.composing import TOOL, Run, battery, scripted
-from tests.orchestrator.support import eventually
+from tests.orchestrator.composing import CITY, TOOL, Run, battery, scripted
+from tests.orchestrator.support import build, config_with_rules, eventually, running_server
 
 
 def hedge(**fields):
@@ -204,3 +207,54 @@ async def test_a_client_that_leaves_frees_both():
 def test_shares_are_shares():
     with pytest.raises(ValidationError, match="max_extra_share"):
         hedge(max_extra_share=1.5)
+
+
+ROUTES = {
+    "hedge": {
+        "router": "table",
+        "strategy": {"type": "hedge", "wait_s": 0.02, "max_extra_share": 1},
+    }
+}
+RULES = {
+    "large": {"delay_s": 30},
+    "medium": {
+        "answer": '{"city": "Graz"}',
+        "tool_call": {"name": "weather", "arguments": {"city": "Graz"}},
+    },
+}
+ASK = {"model": "hedge", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture(scope="module")
+def openai_client():
+    with (
+        running_server(create_app(build(config_with_rules(RULES, routes=ROUTES)))) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_openai_clients_get_a_hedges_tool_call(openai_client, stream):
+    if stream:
+        with openai_client.chat.completions.stream(**ASK, tools=[TOOL]) as events:
+            events.until_done()
+            answer = events.get_final_completion()
+    else:
+        answer = openai_client.chat.completions.create(**ASK, tools=[TOOL])
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.model == "medium"
+    assert json.loads(call.function.arguments) == {"city": "Graz"}
+
+
+def test_openai_clients_get_a_hedges_json_and_see_who_won(openai_client):
+    raw = openai_client.chat.completions.with_raw_response.create(**ASK, response_format=CITY)
+    assert json.loads(raw.parse().choices[0].message.content) == {"city": "Graz"}
+    assert raw.headers["x-collegium-path"] == "large>medium"
+    assert raw.headers["x-collegium-model"] == "medium"
+
+
+def test_streams_say_who_won_before_their_first_chunk(openai_client):
+    create = openai_client.chat.completions.with_streaming_response.create
+    with create(**ASK, stream=True) as response:
+        assert response.headers["x-collegium-model"] == "medium"
