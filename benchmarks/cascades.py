@@ -41,7 +41,8 @@ from routers.base import Query
 from routers.outcomes import OutcomeTable
 from routers.registry import get_router_class
 
-ROUTER = "blend"
+# What ``blend`` chooses on all of these tables.
+ROUTER = "coe"
 # AUROC of the judges; none judges nothing.
 JUDGES = (None, 0.7, 0.8, 0.9)
 # Where budgets lie between the cheapest model and the best single one.

@@ -40,9 +40,9 @@ PROMPTS_PER_POINT, MOST_POINTS = 30, 10
 LEAST_PROMPTS = 60
 # Scores added to each point as if they were the mean's.
 PRIOR_SCORES = 2.0
-# How much of the measured information is believed; 0 is plain routing.
+# How much of the measured information is believed; 0 is routing.
 TRUST = (1.0, 0.5, 0.25, 0.0)
-PRICE_STEPS = 12
+PRICE_STEPS = 8
 THRESHOLDS = 12
 
 
@@ -210,7 +210,12 @@ def tune_cascade_routing(
     """The price and the calibrations with the best score whose mean cost keeps to the bound.
 
     How much of the measured information is believed is chosen with them, down to nothing, which is
-    routing: a table of few prompts may promise more than there is.
+    routing. That is left only for a mean gain of at least its standard error: a table of few
+    prompts promises more than there is.
+
+    References:
+        Breiman et al., "Classification and Regression Trees" (1984): the rule of one standard
+        error.
 
     Raises:
         RouterError: The bound is missing, or cannot be kept.
@@ -223,9 +228,9 @@ def tune_cascade_routing(
     bound = policy.max_mean_cost
     assert bound is not None, "find_price has seen it"
     calibrations, correlation = calibrations_of(cells), correlation_of(cells)
-    found: list[tuple[float, BudgetPolicy, CascadeStrategy]] = []
+    found: list[tuple[NDArray[np.float64], BudgetPolicy, CascadeStrategy]] = []
     bar: tqdm[Any] = tqdm(total=len(TRUST) * PRICE_STEPS, unit="replay", delay=2)
-    for trust in TRUST:
+    for trust in TRUST if calibrations else TRUST[-1:]:
         believed = {
             name: one.model_copy(update={"information": round(trust * one.information, 4)})
             for name, one in calibrations.items()
@@ -244,26 +249,24 @@ def tune_cascade_routing(
         priced = policy.model_copy(update={"price": price})
         made = replay(strategy, priced, cells)
         if made.spent(cells.costs).mean() <= bound * (1 + 1e-9):
-            found.append((_mean_score(made, cells), priced, strategy))
-        if not believed:
-            break
+            scores = cells.scores[np.arange(len(made.given)), made.given]
+            found.append((scores, priced, strategy))
     bar.close()
     if not found:
         raise RouterError(f"no cascade keeps to a mean cost of {bound:g}")
-    return max(found, key=lambda one: one[0])[1:]
-
-
-def _mean_score(made: Replay, cells: Cells) -> float:
-    import numpy as np
-
-    return float(np.nanmean(cells.scores[np.arange(len(made.given)), made.given]))
+    scores, priced, strategy = max(found, key=lambda one: float(np.nanmean(one[0])))
+    gains = scores - found[-1][0]
+    known = gains[~np.isnan(gains)]
+    if known.mean() < known.std() / len(known) ** 0.5:
+        return found[-1][1:]
+    return priced, strategy
 
 
 def _price(
     policy: BudgetPolicy, strategy: CascadeStrategy, cells: Cells, bound: float, bar: tqdm[Any]
 ) -> float:
     """The least price whose mean cost keeps to the bound, by halving the ratio of two prices."""
-    low, high = 1e-3 / cells.costs.max(), 1e3 / cells.costs.max()
+    low, high = 1e-2 / cells.costs.max(), 1e2 / cells.costs.max()
     for _ in range(PRICE_STEPS):
         middle = float((low * high) ** 0.5)
         made = replay(strategy, policy.model_copy(update={"price": middle}), cells)

@@ -133,6 +133,12 @@ def export_command(name: str, split: str) -> None:
     "fewer answers, enough to name each category's best. Prompts of other splits are asked of all; "
     "if only such are wanted, the first of these splits decides.",
 )
+@click.option(
+    "--confidence",
+    is_flag=True,
+    help="Record the mean token probability of new answers, which cascades are calibrated on, of "
+    "experts that give log-probabilities.",
+)
 def collect_command(
     config_file: Path,
     first_tasks: Sequence[str],
@@ -144,6 +150,7 @@ def collect_command(
     concurrency: int,
     timeout_s: float,
     active: bool,
+    confidence: bool,
 ) -> None:
     """Run experts on tasks with greedy decoding and write the outcome table to a folder."""
     import asyncio
@@ -159,6 +166,7 @@ def collect_command(
         limit=limit,
         timeout_s=timeout_s,
         active=active,
+        confidence=confidence,
     )
     config = load_config(config_file)
     unknown = [name for name in names if name not in config.cards()]

@@ -27,6 +27,7 @@ from experts.base import Expert
 from experts.errors import ExpertConfigError, ExpertError
 from experts.types import ChatRequest, ExpertCard, Message
 from experts.types import collect as collect_chunks
+from orchestrator.strategies.confidence import mean_probability
 from routers.outcomes import CARD_FIELDS, OutcomeTable, Prompts
 
 __all__ = ["Answer", "CollectError", "Journal", "collect", "write_outcome_table"]
@@ -52,6 +53,8 @@ class Answer:
         output_tokens: Tokens of the answer.
         latency_s: Seconds from the request to the whole answer, under the load of all requests
             then under way (``CollectOptions.concurrency``); none if it was not measured.
+        confidence: Geometric mean of the tokens' probabilities; none if it was not asked for, or
+            the expert does not say.
     """
 
     prompt_id: str
@@ -61,6 +64,7 @@ class Answer:
     input_tokens: int
     output_tokens: int
     latency_s: float | None
+    confidence: float | None = None
 
 
 class Journal:
@@ -185,9 +189,8 @@ class _Asker:
         async def work() -> None:
             for name, sample, task in waiting:
                 async with self._places:
-                    answer = await _ask(
-                        self.experts[name], name, sample, task.max_tokens, self._options.timeout_s
-                    )
+                    expert = self.experts[name]
+                    answer = await _ask(expert, name, sample, task.max_tokens, self._options)
                 if answer:
                     self.journal.append(answer)
                 else:
@@ -270,18 +273,20 @@ async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 async def _ask(
-    expert: Expert, name: str, sample: Sample, max_tokens: int, timeout_s: float
+    expert: Expert, name: str, sample: Sample, max_tokens: int, options: CollectOptions
 ) -> Answer | None:
     request = ChatRequest(
         model=name,
         messages=[Message(role="user", content=sample.text)],
         max_tokens=max_tokens,
         temperature=0,
+        logprobs=options.confidence and "logprobs" in expert.card.capabilities,
     )
     for attempt in range(_ATTEMPTS):
         started = time.monotonic()
         try:
-            completion = await collect_chunks(expert.stream(request, timeout_s=timeout_s))
+            chunks = expert.stream(request, timeout_s=options.timeout_s)
+            completion = await collect_chunks(chunks)
         except ExpertConfigError:
             raise
         except ExpertError as error:
@@ -298,6 +303,7 @@ async def _ask(
                 input_tokens=completion.usage.prompt_tokens,
                 output_tokens=completion.usage.completion_tokens,
                 latency_s=round(time.monotonic() - started, 3),
+                confidence=mean_probability(completion.choices[0].logprobs),
             )
     return None
 
@@ -321,7 +327,7 @@ def write_outcome_table(
     import numpy as np
 
     questions = _questions(tasks, options)
-    columns = ("score", "input_tokens", "output_tokens", "latency_s")
+    columns = ("score", "input_tokens", "output_tokens", "latency_s", "confidence")
     numbers = {column: np.full((len(questions), len(cards)), np.nan) for column in columns}
     for row, (sample, task) in enumerate(questions):
         for column, model in enumerate(cards):
@@ -332,8 +338,11 @@ def write_outcome_table(
                 numbers["output_tokens"][row, column] = answer.output_tokens
                 if answer.latency_s is not None:
                     numbers["latency_s"][row, column] = answer.latency_s
-    if np.isnan(numbers["latency_s"]).all():
-        del numbers["latency_s"]
+                if answer.confidence is not None:
+                    numbers["confidence"][row, column] = min(1.0, answer.confidence)
+    for name in ("latency_s", "confidence"):
+        if np.isnan(numbers[name]).all():
+            del numbers[name]
     samples = [sample for sample, _ in questions]
     prompts = Prompts(
         [sample.prompt_id for sample in samples],

@@ -22,6 +22,7 @@ class CollectOptions:
         active: Stop asking an expert a category's training prompts as soon as it cannot be the best
             there. Prompts of other splits are asked of all experts; if only such are wanted, the
             first of these splits decides.
+        confidence: Ask for the tokens' probabilities where an expert gives them.
     """
 
     concurrency: int = 16
@@ -29,3 +30,4 @@ class CollectOptions:
     limit: int | None = None
     timeout_s: float = 300.0
     active: bool = False
+    confidence: bool = False

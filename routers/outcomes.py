@@ -4,7 +4,8 @@ A table is a folder:
 
 * ``prompts.parquet``: ``prompt_id``, ``text``, optional ``category``, optional ``split``
 * ``outcomes.parquet``: ``prompt_id``, ``model``, ``score`` in [0, 1] (missing row = not run),
-  optional ``input_tokens``, ``output_tokens``, ``latency_s``, ``cost_usd``
+  optional ``input_tokens``, ``output_tokens``, ``latency_s``, ``cost_usd``, ``confidence`` in
+  [0, 1] (what the answer said of itself, for cascades)
 * optional ``models.json``: per model any of ``total_params_b``, ``active_params_b``,
   ``input_usd_per_mtok``, ``output_usd_per_mtok``, ``latency_s``, ``energy_j``, ``base_model``,
   ``adapter``
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["SPLITS", "OutcomeTable", "Prompts", "TableError"]
 
 SPLITS = ("train", "validation", "test")
-NUMBER_COLUMNS = ("score", "input_tokens", "output_tokens", "latency_s", "cost_usd")
+NUMBER_COLUMNS = ("score", "input_tokens", "output_tokens", "latency_s", "cost_usd", "confidence")
+# Columns whose values lie in [0, 1].
+SHARES = ("score", "confidence")
 CARD_FIELDS = {
     "total_params_b",
     "active_params_b",
@@ -108,7 +111,8 @@ class OutcomeTable:
             prompts: All prompts.
             models: Names of the columns of ``numbers``.
             numbers: ``score`` and optionally ``input_tokens``, ``output_tokens``, ``latency_s``,
-                ``cost_usd``, each of shape (n_prompts, n_models) with NaN for missing cells.
+                ``cost_usd``, ``confidence``, each of shape (n_prompts, n_models) with NaN for
+                missing cells.
             cards: Facts about models, as in ``models.json``.
             path: Where outcomes are read from when ``numbers`` is None.
         """
@@ -222,6 +226,10 @@ class OutcomeTable:
     def latency_s(self, split: str, models: Sequence[str] | None = None) -> NDArray[np.float64]:
         """Seconds per answer, shape (n_prompts, n_models), NaN where unknown."""
         return self._cells("latency_s", split, models)
+
+    def confidences(self, split: str, models: Sequence[str] | None = None) -> NDArray[np.float64]:
+        """What answers said of themselves, shape (n_prompts, n_models), NaN where nothing."""
+        return self._cells("confidence", split, models)
 
     def measured(self, split: str, models: Sequence[str]) -> dict[str, Measured]:
         """Means over models' answers; models of which nothing was measured are left out."""
@@ -366,8 +374,8 @@ def _checked_numbers(
                 f"outcomes: {name!r} has shape {cells.shape}, not {(len(prompts), len(models))}"
             )
         present = cells[~np.isnan(cells)]
-        if (present < 0).any() or (name == "score" and (present > 1).any()):
-            bounds = "[0, 1]" if name == "score" else "[0, inf)"
+        if (present < 0).any() or (name in SHARES and (present > 1).any()):
+            bounds = "[0, 1]" if name in SHARES else "[0, inf)"
             raise TableError(f"outcomes: {name!r} has values outside {bounds}")
     return checked
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routers.base import RouterError
-from routers.outcomes import NUMBER_COLUMNS, Prompts, TableError, checked_card
+from routers.outcomes import NUMBER_COLUMNS, SHARES, Prompts, TableError, checked_card
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,7 +168,8 @@ def _number_column(table: pa.Table, name: str) -> NDArray[np.float64]:
         # one that was not made has no row.
         wrong, bounds = ~((values >= 0) & (values <= 1)), "[0, 1]"
     else:
-        wrong, bounds = ~(np.isnan(values) | ((values >= 0) & np.isfinite(values))), "[0, inf)"
+        most, bounds = (1.0, "[0, 1]") if name in SHARES else (np.finfo(float).max, "[0, inf)")
+        wrong = ~(np.isnan(values) | ((values >= 0) & (values <= most)))
     if wrong.any():
         row = int(wrong.argmax())
         raise TableError(

@@ -54,7 +54,10 @@ class Beliefs:
     """
 
     def __init__(
-        self, quality: Sequence[float], information: Sequence[float], correlation: float
+        self,
+        quality: Sequence[float] | NDArray[np.float64],
+        information: Sequence[float] | NDArray[np.float64],
+        correlation: float,
     ) -> None:
         import numpy as np
 

@@ -21,6 +21,7 @@ from orchestrator.decision import Candidate, Decision, RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.options import RoutingOptions
 from orchestrator.policies import BudgetPolicy
+from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.cascade import CascadeStrategy, Walk
 from orchestrator.strategies.confidence import (
     Calibration,
@@ -115,7 +116,7 @@ STRATEGIES = {
 }
 
 
-async def check_the_path_is_known_with_the_first_chunk(strategy: CascadeStrategy) -> None:
+async def check_the_path_is_known_with_the_first_chunk(strategy: Strategy) -> None:
     run = StrategyRun(strategy, [scripted("first", answer="a b c"), scripted("second")])
     await anext(run.chunks)
     path = list(run.context.path)
@@ -123,20 +124,20 @@ async def check_the_path_is_known_with_the_first_chunk(strategy: CascadeStrategy
     assert run.context.path == path == ["first", "second"]
 
 
-async def check_the_best_answer_is_given(strategy: CascadeStrategy) -> None:
+async def check_the_best_answer_is_given(strategy: Strategy) -> None:
     run = StrategyRun(strategy, [scripted("first"), scripted("second")])
     assert (await run.answer()).text == "second"
     assert run.context.expert == "second"
 
 
-async def check_an_error_midway_leaves_the_other_answer(strategy: CascadeStrategy) -> None:
+async def check_an_error_midway_leaves_the_other_answer(strategy: Strategy) -> None:
     """Nothing of a judged answer has left, so another one may take its place."""
     broken = scripted("first", answer="a b c", error="failed", error_after_chunks=1)
     run = StrategyRun(strategy, [broken, scripted("second")])
     assert (await run.answer()).text == "second"
 
 
-async def check_the_client_that_leaves_frees_the_judged(strategy: CascadeStrategy) -> None:
+async def check_the_client_that_leaves_frees_the_judged(strategy: Strategy) -> None:
     run = StrategyRun(strategy, [scripted("first"), scripted("second", answer="a b c",
                                                              chunk_delay_s=30)])  # fmt: skip
     await anext(run.chunks)
@@ -152,7 +153,7 @@ REPLACED: Mapping[str, StrategyCheck] = {
     "check_nothing_follows_an_error_after_the_first_chunk":
         check_an_error_midway_leaves_the_other_answer,
     "check_closing_frees_the_expert": check_the_client_that_leaves_frees_the_judged,
-}  # type: ignore[dict-item]  # fmt: skip
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -175,7 +176,7 @@ def brute_force(
     covariance = beliefs.covariance * np.outer(known, known)
     np.fill_diagonal(covariance, known * np.diag(beliefs.covariance))
     drawn = rng.multivariate_normal(beliefs.quality, covariance, 200_000, method="eigh")
-    taus = {(): -np.inf if best is None else best}
+    taus: dict[tuple[int, ...], float] = {(): -np.inf if best is None else best}
     for size in range(1, at_most + 1):
         for some in itertools.combinations(unasked, size):
             highest = drawn[:, some].max(axis=1)
@@ -320,8 +321,7 @@ async def test_an_answer_in_doubt_is_followed_by_another():
     assert (await run.answer()).text == "second"
     assert run.purposes == [("first", "answer"), ("second", "answer")]
     sure = cascade(calibrations=calibrated(first=0.99, second=0.95))
-    charged = {"quality": [0.7, 0.6], "charges": [0.0, 0.1]}
-    run = Run(sure, [expert("first"), expert("second")], **charged)
+    run = Run(sure, [expert("first"), expert("second")], quality=[0.7, 0.6], charges=[0.0, 0.1])
     assert (await run.answer()).text == "first"
     assert run.context.path == ["first"]
 
@@ -612,10 +612,10 @@ async def test_a_tool_call_is_shown_to_the_judge_and_given_whole():
 
 async def test_an_answer_that_is_no_json_is_worth_nothing():
     sure = cascade(calibrations=calibrated(first=0.99, second=0.5))
-    shape = {"response_format": {"type": "json_object"}}
     for text, by in (('{"a": 1}', "first"), ('{"a":', "second")):
         experts = [expert("first", answer_rule(text)), expert("second", answer_rule("{}"))]
-        run = Run(sure, experts, quality=[0.7, 0.6], charges=[0.0, 0.1], **shape)
+        run = Run(sure, experts, quality=[0.7, 0.6], charges=[0.0, 0.1],
+                  response_format={"type": "json_object"})  # fmt: skip
         await run.answer()
         assert run.context.expert == by
 
