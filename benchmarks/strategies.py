@@ -1,14 +1,15 @@
 """Strategies on the embedded experts, live: quality, calls, tokens and time of each.
 
-    python -m benchmarks.strategies --out docs/results/strategies [--n 60] [--minutes 20]
+    python -m benchmarks.strategies --out docs/results/strategies [--n 30] [--n-judged 4]
 
 Test prompts of the shipped tasks are asked of every strategy, each on a route of its own with the
-embedded router, through the transformers engine. Beside them stand every expert alone (of which
-random choice and the oracle are made), and the best single expert by its training scores, with one
-and with as many samples as the votes have. Requests of all strategies are under way together, so
-times are those under that load, alike for all. Answers are journalled: a run that was interrupted,
-or whose minutes were over, goes on when it is started again, and a strategy that was added is asked
-alone. The page is about the prompts that all have answered.
+embedded router, through the transformers engine; fewer of those with a judge, which read ten times
+as much. Beside them stand the best single expert by its training scores with as many samples as the
+votes have, and from the shipped outcome table, which was made by the same engine: every expert
+alone, random choice, and the oracle. Requests of all strategies are under way together, so times
+are those under that load, alike for all. Answers are journalled: a run that was interrupted, or
+whose minutes were over, goes on when it is started again, and a strategy that was added is asked
+alone. A line is about the prompts that it and ``single`` have answered.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,19 @@ from tqdm import tqdm
 from benchmarks.pages import GAIN, command_line, with_interval, write
 from deployments.cli import with_engine
 from evals.collect import text_hash
-from evals.metrics import best_single_choice, bootstrap_mean, paired_difference
+from evals.metrics import (
+    best_single_choice,
+    bootstrap_mean,
+    oracle_scores,
+    paired_difference,
+    random_scores,
+)
 from evals.tasks import Sample, Task, get_task, task_names
 from experts.base import Expert
 from experts.errors import ExpertError
 from experts.registry import open_experts
 from experts.types import ChatRequest, Message, collect
-from orchestrator.config import CollegiumConfig, load_config
+from orchestrator.config import CollegiumConfig, load_config, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import RequestContext
 from orchestrator.strategies.judging import UNREADABLE
@@ -48,7 +56,7 @@ from routers.outcomes import OutcomeTable
 
 TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
 SAMPLES = 3
-BEST_OF = {"type": "best_of", "judge": "general", "judge_tokens": 48}
+BEST_OF = {"type": "best_of", "judge": "general", "judge_tokens": 32}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "single": {"type": "single"},
     "vote, 3 experts": {"type": "vote", "experts": 3},
@@ -61,9 +69,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 """Every strategy that is measured, by the name on the page."""
 REFERENCE = "single"
-# The same, of the best single expert instead of the router's.
+# The same number of samples, of the best single expert instead of the router's.
 BEST_SINGLE: dict[str, dict[str, Any]] = {
-    "best single": {"type": "single"},
     f"best single, {SAMPLES} samples": {"type": "vote", "experts": 1, "samples": SAMPLES},
 }
 TIMEOUT_S = 300.0
@@ -124,50 +131,47 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the page.
+    """One strategy as it is asked.
 
     Attributes:
-        name: Its name.
-        model: What requests name: a route, or an expert.
+        name: Its name on the page.
+        route: Its route.
         key: Name and settings, under which its answers are journalled.
+        judged: Whether it asks a judge.
     """
 
     name: str
-    model: str
+    route: str
     key: str
+    judged: bool
 
 
-def best_single() -> str:
-    """The expert with the highest mean score on the training prompts."""
-    table = OutcomeTable.load(TABLE)
-    return table.models[best_single_choice(table.scores("train"))]
+def plan(names: Iterable[str], best: str) -> tuple[CollegiumConfig, list[Entry]]:
+    """The embedded config with a route per strategy, and what is asked.
 
-
-def plan(names: Iterable[str]) -> tuple[CollegiumConfig, list[Entry]]:
-    """The embedded config with a route per strategy, and what is asked."""
-    config = with_engine(load_config(), "transformers")
-    best = best_single()
-    routes: dict[str, dict[str, Any]] = {
-        name: {"router": "blend", "strategy": STRATEGIES[name]} for name in names
-    } | {
-        name: {"router": "blend", "strategy": strategy, "experts": [best]}
-        for name, strategy in BEST_SINGLE.items()
-    }
-    entries = [Entry(name, name, f"expert {name}") for name in config.cards()]
-    content = config.model_dump(mode="json", by_alias=True)
+    Args:
+        names: Of the strategies.
+        best: The best single expert.
+    """
+    routes: dict[str, dict[str, Any]] = {name: {"strategy": STRATEGIES[name]} for name in names}
+    for name, strategy in BEST_SINGLE.items():
+        routes[name] = {"strategy": strategy, "experts": [best]}
+    content = with_engine(load_config(), "transformers").model_dump(mode="json", by_alias=True)
     content["routes"] = {}
+    entries = []
     for number, (name, route) in enumerate(routes.items()):
         # Names on the page are no names of routes.
-        content["routes"][f"route-{number}"] = route
+        content["routes"][f"route-{number}"] = {"router": "blend", **route}
         digest = hashlib.sha256(json.dumps(route, sort_keys=True).encode()).hexdigest()[:12]
-        entries.append(Entry(name, f"route-{number}", f"{name} {digest}"))
-    return CollegiumConfig.model_validate(content), entries
+        judged = "judge" in route["strategy"]
+        entries.append(Entry(name, f"route-{number}", f"{name} {digest}", judged))
+    return parse_config(content), entries
 
 
 async def ask(orchestrator: Orchestrator, entry: Entry, sample: Sample, task: Task) -> Run:
     """Have one prompt answered, as a request over HTTP would be."""
     request = ChatRequest(
-        model=entry.model,
+        model=entry.route,
         messages=[Message(role="user", content=sample.text)],
         max_tokens=task.max_tokens,
         temperature=0,
@@ -190,7 +194,9 @@ async def ask(orchestrator: Orchestrator, entry: Entry, sample: Sample, task: Ta
     )
 
 
+Question = tuple[Sample, Task]
 Job = tuple[Entry, Sample, Task]
+Line = dict[str, Any]
 
 
 async def ask_all(
@@ -225,50 +231,53 @@ async def ask_all(
         await orchestrator.aclose()
 
 
-def interleaved(tasks: Sequence[Task], n: int) -> Iterator[tuple[Sample, Task]]:
+def questions(tasks: Sequence[Task], n: int) -> list[tuple[Sample, Task]]:
     """The first test samples of each task in turn, so that any number of them is balanced."""
-    samples = [task.samples("test")[:n] for task in tasks]
-    for number in range(n):
-        for task, own in zip(tasks, samples, strict=True):
-            if number < len(own):
-                yield own[number], task
+    rounds = zip_longest(*([(one, task) for one in task.samples("test")[:n]] for task in tasks))
+    return [question for one_of_each in rounds for question in one_of_each if question]
 
 
-def figures(
-    entries: Sequence[Entry], questions: Sequence[tuple[Sample, Task]], journal: Journal
-) -> dict[str, Any]:
-    """Quality with its interval, differences, calls, tokens and times, by line of the page."""
-    asked = [q for q in questions if all(journal.find(e.key, q[0]) for e in entries)]
-    runs = {e.name: [_found(journal, e, sample) for sample, _ in asked] for e in entries}
-    scores = {
-        name: np.array(
-            [task.grade(run.answer, sample) for run, (sample, task) in zip(own, asked, strict=True)]
-        )
-        for name, own in runs.items()
+def figures(entries: Sequence[Entry], asked: Sequence[Question], journal: Journal) -> list[Line]:
+    """What each line of the page says: quality with its interval, differences, calls, times."""
+    key = next(entry.key for entry in entries if entry.name == REFERENCE)
+    reference = {
+        sample.prompt_id: task.grade(run.answer, sample)
+        for sample, task in asked
+        if (run := journal.find(key, sample))
     }
-    categories = np.array([sample.category for sample, _ in asked])
-    alone = np.stack([scores[e.name] for e in entries if e.key.startswith("expert ")], axis=1)
-    lines = {
-        name: _line(scores[name], scores, categories) | _costs(own) for name, own in runs.items()
-    }
-    lines["random"] = _line(alone.mean(axis=1), scores, categories)
-    lines["oracle"] = _line(alone.max(axis=1), scores, categories)
-    return {"n": len(asked), "of": len(questions), "lines": lines}
+    asked = [question for question in asked if question[0].prompt_id in reference]
+    lines = []
+    for entry in entries:
+        found = [(sample, task, journal.find(entry.key, sample)) for sample, task in asked]
+        answered = [(sample, task, run) for sample, task, run in found if run]
+        if answered:
+            own = np.array([task.grade(run.answer, sample) for sample, task, run in answered])
+            line = _line(own, reference, [sample for sample, _, _ in answered])
+            costs = _costs([run for _, _, run in answered])
+            lines.append({"name": entry.name, **line, **costs})
+    return lines + known_figures([sample for sample, _ in asked], reference)
 
 
-def _found(journal: Journal, entry: Entry, sample: Sample) -> Run:
-    found = journal.find(entry.key, sample)
-    assert found is not None  # only such prompts are judged
-    return found
+def known_figures(asked: Sequence[Sample], reference: Mapping[str, float]) -> list[Line]:
+    """The experts alone, random choice and the oracle, from the shipped table."""
+    table = OutcomeTable.load(TABLE)
+    rows = {name: row for row, name in enumerate(table.with_prompts_of("test").ids)}
+    samples = [sample for sample in asked if sample.prompt_id in rows]
+    if not samples:
+        return []
+    scores = table.scores("test")[[rows[sample.prompt_id] for sample in samples]]
+    columns = {f"`{model}` alone": scores[:, j] for j, model in enumerate(table.models)}
+    columns |= {"random": random_scores(scores), "oracle": oracle_scores(scores)}
+    return [{"name": name, **_line(own, reference, samples)} for name, own in columns.items()]
 
 
 def _line(
-    own: NDArray[np.float64],
-    scores: Mapping[str, NDArray[np.float64]],
-    categories: NDArray[np.str_],
-) -> dict[str, Any]:
-    gain = dict(zip(GAIN, paired_difference(own, scores[REFERENCE]), strict=False))
-    by_category = {str(c): float(own[categories == c].mean()) for c in np.unique(categories)}
+    own: NDArray[np.float64], reference: Mapping[str, float], samples: Sequence[Sample]
+) -> Line:
+    other = np.array([reference[sample.prompt_id] for sample in samples])
+    gain = dict(zip(GAIN, paired_difference(own, other)[:3], strict=True))
+    labels = np.array([sample.category for sample in samples])
+    by_category = {str(c): float(own[labels == c].mean()) for c in np.unique(labels)}
     return {**bootstrap_mean(own)._asdict(), **gain, "categories": by_category}
 
 
@@ -285,35 +294,36 @@ def _costs(runs: Sequence[Run]) -> dict[str, float]:
 
 def report(result: Mapping[str, Any]) -> str:
     """The results as Markdown."""
-    lines = result["lines"]
-    categories = list(lines[REFERENCE]["categories"])
+    categories = sorted({name for line in result["lines"] for name in line["categories"]})
     page = [
         "# Strategies on the embedded experts",
         "",
-        f"`{result['command']}`, {result['machine']}: {result['n']} test prompts of "
+        f"`{result['command']}`, {result['machine']}: n test prompts, evenly of "
         f"{', '.join(categories)}, {result['concurrency']} requests under way at a time. Mean "
-        "score with 95 % bootstrap intervals, differences paired by prompt; calls, tokens (read "
-        "and written) and unreadable verdicts per prompt; seconds to the whole answer under the "
-        "load of all strategies. The experts alone, random choice and the oracle know no router; "
-        f"`best single` is `{result['best_single']}`, by training scores. The judge is the pool's "
-        "`general`, of 135 million parameters.",
+        "score with 95 % bootstrap intervals; the difference to `single`, the router's first "
+        "expert, is paired by prompt. Calls, tokens (read and written) and verdicts that nobody "
+        "can read are per prompt; seconds are those to the whole answer under the load of all "
+        f"strategies. The best single expert by training scores is `{result['best_single']}`; the "
+        "judge is `general`, of 135 million parameters.",
         "",
-        "| | score | less `single` | calls | tokens | unreadable | s, median | s, 95 % |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| | n | score | less `single` | calls | tokens | unreadable | s, median | s, 95 % |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, line in lines.items():
-        cells = [with_interval(line), with_interval(line, "+.3f", keys=GAIN)]
-        if "calls" in line:
-            cells += [f"{line['calls']:.1f}", f"{line['tokens']:.0f}", f"{line['unreadable']:.1f}"]
-            cells += [f"{line['seconds_p50']:.1f}", f"{line['seconds_p95']:.1f}"]
-        else:
-            cells += [""] * 5
-        page.append(f"| {name} | " + " | ".join(cells) + " |")
+    for line in result["lines"]:
+        cells = [str(line["n"]), with_interval(line), with_interval(line, "+.3f", keys=GAIN)]
+        cells += [
+            f"{line[key]:{form}}" if key in line else ""
+            for key, form in (
+                ("calls", ".1f"), ("tokens", ".0f"), ("unreadable", ".1f"),
+                ("seconds_p50", ".1f"), ("seconds_p95", ".1f"),
+            )
+        ]  # fmt: skip
+        page.append(f"| {line['name']} | " + " | ".join(cells) + " |")
     page += ["", "By category:", "", "| | " + " | ".join(categories) + " |"]
     page.append("|---|" + "--:|" * len(categories))
-    for name, line in lines.items():
-        cells = [f"{line['categories'][category]:.3f}" for category in categories]
-        page.append(f"| {name} | " + " | ".join(cells) + " |")
+    for line in result["lines"]:
+        cells = [f"{line['categories'].get(name, float('nan')):.3f}" for name in categories]
+        page.append(f"| {line['name']} | " + " | ".join(cells) + " |")
     return "\n".join(page) + "\n"
 
 
@@ -321,36 +331,39 @@ def main() -> None:
     """Run the benchmark and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
-    parser.add_argument("--n", type=int, default=60, help="prompts per task")
+    parser.add_argument("--n", type=int, default=30, help="prompts per task")
+    parser.add_argument("--n-judged", type=int, default=4, help="of them for those with a judge")
     parser.add_argument("--tasks", nargs="+", choices=task_names(), default=task_names())
-    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=None)
-    parser.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
-    parser.add_argument("--minutes", type=float, default=20.0, help="stop asking after these")
+    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=STRATEGIES)
+    parser.add_argument("--concurrency", type=int, default=16, help="requests under way at a time")
+    parser.add_argument("--minutes", type=float, default=20.0, help="ask no more after these")
     parser.add_argument(
         "--journal", type=Path, default=Path("out/strategies.jsonl"), help="where answers are kept"
     )
     arguments = parser.parse_args()
-    names = dict.fromkeys([REFERENCE, *(arguments.strategies or STRATEGIES)])
-    config, entries = plan(names)
-    questions = list(interleaved([get_task(name) for name in arguments.tasks], arguments.n))
+    table = OutcomeTable.load(TABLE)
+    best = table.models[best_single_choice(table.scores("train"))]
+    config, entries = plan(dict.fromkeys([REFERENCE, *arguments.strategies]), best)
+    tasks = [get_task(name) for name in arguments.tasks]
+    asked = questions(tasks, arguments.n)
+    judged = questions(tasks, min(arguments.n, arguments.n_judged))
+    jobs = [(e, *q) for q in asked for e in entries if not e.judged or q in judged]
     arguments.journal.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(arguments.journal)
-    jobs = [(entry, sample, task) for sample, task in questions for entry in entries]
     asyncio.run(ask_all(config, jobs, journal, arguments.concurrency, arguments.minutes))
-    result = figures(entries, questions, journal)
-    if not result["n"]:
-        sys.exit("no prompt has been answered by all strategies yet; run it again to go on")
-    result |= {
+    result = {
         "command": command_line(),
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "concurrency": arguments.concurrency,
-        "best_single": best_single(),
+        "best_single": best,
+        "lines": figures(entries, asked, journal),
     }
     page = report(result)
     write(arguments.out, page, result)
     print(page)
-    if result["n"] < result["of"]:
-        print(f"{result['n']} of {result['of']} prompts; run it again to go on", file=sys.stderr)
+    if missing := sum(not journal.find(entry.key, sample) for entry, sample, _ in jobs):
+        print(f"{missing} of {len(jobs)} answers are missing; run it again to go on",
+              file=sys.stderr)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,16 @@ from orchestrator.strategies import several
 from orchestrator.strategies.agreement import AnswerForm, answer_key, medoid
 from orchestrator.strategies.vote import VoteStrategy
 from orchestrator.testing import StrategyCheck, StrategyRun, scripted, several_checks
-from tests.orchestrator.support import build, config_content, eventually, expert, running_server
+from tests.orchestrator.support import (
+    CHAT,
+    build,
+    chat_body,
+    config_content,
+    eventually,
+    expert,
+    running_server,
+)
+from tests.orchestrator.support import client as http_client
 
 VOTE = VoteStrategy(type="vote")
 STRATEGIES = {
@@ -433,3 +442,17 @@ async def test_a_decided_vote_frees_the_others_over_http(client, orchestrator):
     )
     assert found.choices[0].message.content == "5"
     await eventually(lambda: busy.active == 0)
+
+
+async def test_headers_that_left_with_a_comment_name_nobody_yet(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(several, "TICK_S", 0.05)
+    content = config_content()
+    for one in content["experts"]:
+        one["rules"] = [{"answer": "5", "delay_s": 0.3 * (one["name"] != "small")}]
+    content["routes"]["auto"]["strategy"] = {"type": "vote"}
+    async with http_client(build(parse_config(content))) as http:
+        answer = await http.post(CHAT, json=chat_body(stream=True))
+    assert answer.text.startswith(": ")
+    assert '"model":"large"' in answer.text.replace('": "', '":"')
+    assert "x-collegium-model" not in answer.headers
+    assert answer.headers["x-collegium-path"] == "large>medium>small"
