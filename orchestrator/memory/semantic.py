@@ -38,7 +38,7 @@ SCANNED_AT_ONCE = 500
 class SemanticConfig(StrictModel):
     """When a question asks the same as an earlier one."""
 
-    threshold: float = Field(default=0.83, ge=0, le=1)
+    threshold: float = Field(default=0.84, ge=0, le=1)
     """Least cosine of the questions' vectors. The default is calibrated for the default encoder,
     see ``docs/results/semantic_cache.md``."""
     max_questions: int = Field(default=10_000, ge=1, le=MAX_QUESTIONS)
@@ -88,22 +88,27 @@ class _Scope:
         if not found:
             return
         now = time.time()
-        self.records += [record for record, _ in found]
-        self._vectors = np.vstack([self._vectors, *(vector for _, vector in found)])
-        kept = [i for i, record in enumerate(self.records) if record.until > now][-self._most :]
-        if len(kept) < len(self.records):
+        if len(self.records) + len(found) > len(self._vectors):
+            kept = [i for i, record in enumerate(self.records) if record.until > now][-self._most :]
             self.records = [self.records[i] for i in kept]
-            self._vectors = self._vectors[kept]
+            # Room for as many again, so that few questions are copied often.
+            room = np.empty((2 * len(kept) + len(found) + 64, self._vectors.shape[1]), np.float32)
+            room[: len(kept)] = self._vectors[kept]
+            self._vectors = room
+        for record, vector in found:
+            self._vectors[len(self.records)] = vector
+            self.records.append(record)
 
     def nearest(self, question: Question, threshold: float) -> list[_Record]:
         """Some of the closest questions in the same frame, closest first."""
         import numpy as np
 
         now = time.time()
-        cosines = self._vectors @ question.vector
+        oldest = max(0, len(self.records) - self._most)
+        cosines = self._vectors[: len(self.records)] @ question.vector
         near = [
             place
-            for place in np.flatnonzero(cosines >= threshold)
+            for place in np.flatnonzero(cosines[oldest:] >= threshold) + oldest
             if self.records[place].frame == question.frame and self.records[place].until > now
         ]
         near.sort(key=lambda place: -cosines[place])
@@ -182,23 +187,23 @@ class QuestionIndex:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _read_on(self, name: str) -> None:
-        """Take in what was appended to a scope's log since the last time."""
+        """Take in what was appended to a scope's log since the last time.
+
+        After a restart, the first requests take in a part each, so that none waits for all.
+        """
         scope = self._scopes.get(name)
         if scope is None:
             scope = _Scope(self._encoder.width, self._config.max_questions)
             self._scopes[name] = scope
         self._scopes.move_to_end(name)
-        more = True
-        while more:
-            scan = self._memory.store.scan(_log(name), after=scope.last, limit=SCANNED_AT_ONCE)
-            nothing: list[tuple[str, bytes]] = []
-            records = await self._memory.guarded(FEATURE, scan, nothing)
-            more = len(records) == SCANNED_AT_ONCE
-            if records:
-                scope.last = records[-1][0]
-                await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._take_in, scope, [content for _, content in records]
-                )
+        scan = self._memory.store.scan(_log(name), after=scope.last, limit=SCANNED_AT_ONCE)
+        nothing: list[tuple[str, bytes]] = []
+        records = await self._memory.guarded(FEATURE, scan, nothing)
+        if records:
+            scope.last = records[-1][0]
+            await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._take_in, scope, [content for _, content in records]
+            )
         while len(self._scopes) > 1 and self._size > MAX_QUESTIONS:
             self._scopes.popitem(last=False)
 

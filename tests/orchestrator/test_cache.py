@@ -75,7 +75,7 @@ async def test_the_same_request_gets_the_same_answer_for_nothing():
 @pytest.mark.parametrize("streamed_first", [True, False])
 async def test_plain_and_streamed_requests_share_answers(streamed_first):
     orchestrator = service()
-    options = {"stream": True, "stream_options": {"include_usage": True}}
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     bodies = [fixed(**options), fixed(user="me", session_id="one", priority="low")]
     answers = [
         await ask(orchestrator, body) for body in (bodies if streamed_first else bodies[::-1])

@@ -46,7 +46,7 @@ def service(
 async def answer(orchestrator: Orchestrator, body: dict[str, Any]) -> str:
     response = await client(orchestrator).post(CHAT, json=body)
     assert response.status_code == 200, response.text
-    return response.json()["model"]
+    return str(response.json()["model"])
 
 
 async def decision(orchestrator: Orchestrator, body: dict[str, Any]) -> Any:
