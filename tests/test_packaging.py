@@ -15,6 +15,7 @@ DATA = [
     ("deployments", "configs/*.yaml"),
     ("evals", "data/*/prompts.parquet"),
     ("evals", "data/domains/LICENSE-*"),
+    ("evals", "data/retrieval/documents/*/*.md"),
     ("evals", "tasks/data/*.jsonl"),
     ("experts", "embedded/**/*.safetensors"),
     ("routers", "embedded/auto/*.safetensors"),

@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 
-from evals.retrieval import read_questions, retrieval_table
+from evals.retrieval import read_questions
 from experts.base import Expert
 from experts.config import ScriptedExpertConfig
 from experts.paths import resolve_path
@@ -348,18 +348,3 @@ def test_readers_must_be_experts_that_are_no_retrievers(tmp_path):
     one = {"name": "a", "engine": "retriever", "index": "i", "reader": "b"}
     with pytest.raises(ConfigError, match="the reader 'b' of expert 'a' is no expert"):
         parse_config({"experts": [one, {**one, "name": "b", "reader": None}]})
-
-
-def test_tables_of_embedders_name_what_is_wrong(tmp_path):
-    file = tmp_path / "questions.jsonl"
-    file.write_text('{"question": "a", "document": "x.md"}\n{"question": "b"}\n')
-    with pytest.raises(Exception, match=r"line 2 of .* must be a JSON object with 'question'"):
-        read_questions(file)
-    file.write_text('{"question": "barking?", "document": "x.md"}\n')
-    encoders = {"spelling": get_encoder("characters")}
-    with pytest.raises(Exception, match=r"no document 'x.md'"):
-        retrieval_table([("y.md", "text")], read_questions(file), encoders)
-    found = retrieval_table(
-        [("x.md", "dogs bark"), ("y.md", "tea")], read_questions(file), encoders
-    )
-    assert found.scores("all").tolist() == [[1.0]]
