@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.paths import resolve_path
-from experts.types import ChatRequest, Chunk, ExpertCard
+from experts.types import ChatRequest, Chunk, Completion, ExpertCard, collect
 from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
@@ -23,8 +24,10 @@ from orchestrator.config import (
 from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.decision import Candidate, Decision, RequestContext, new_decision_id
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.learning.experiments import Experiment
 from orchestrator.learning.feedback import Feedback
 from orchestrator.learning.learner import Learner, Lesson
+from orchestrator.learning.shadow import Shadows
 from orchestrator.options import RoutingOptions, below_quality, not_allowed
 from orchestrator.policies import order_by_utility
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
@@ -110,8 +113,15 @@ class Orchestrator:
         self._named_costs = {n: ExpectedCosts.of([card]) for n, card in self.cards.items()}
         self._threads = ThreadPoolExecutor(ROUTER_THREADS, thread_name_prefix="router")
         self._single = SingleStrategy()
+        self.experiments = {n: Experiment(n, c) for n, c in config.experiments.items()}
         self.feedback = Feedback(
-            {name: route.learner for name, route in self.routes.items() if route.learner}
+            {name: route.learner for name, route in self.routes.items() if route.learner},
+            self.experiments,
+        )
+        self.shadows = Shadows(
+            {name: route.shadow for name, route in config.routes.items() if route.shadow},
+            self._answer_by,
+            experts,
         )
 
     async def decide(
@@ -140,12 +150,19 @@ class Orchestrator:
             field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
         options = options or RoutingOptions()
+        if context is not None:
+            context.options = options
         if options.route is None and request.model in self.cards:
             return self._decide_named(request, options)
-        name = options.route or request.model
+        name, decision_id = options.route or request.model, new_decision_id()
+        experiment, arm = self.experiments.get(name), None
+        if experiment is not None:
+            client = context.client if context else None
+            arm = experiment.arm_of(client, options.session_id, decision_id)
+            name = experiment.route(arm)
         route = self.routes.get(name)
         if route is None:
-            known = self.routes if options.route else [*self.routes, *self.cards]
+            known = [*self.routes, *self.experiments, *([] if options.route else self.cards)]
             raise UnknownModelError(name, known, "route" if options.route else "model")
         allowed = not_allowed(route.experts, options.allowed_models or ["*"])
         pool, unable = split_pool(
@@ -160,11 +177,22 @@ class Orchestrator:
         features = await self._features(route.learner, text)
         if context is not None:
             context.router_s = time.monotonic() - started
-            if features is not None:
+            if features is not None or experiment is not None:
                 quality = prediction.quality[0].tolist()
                 priors = {card.name: q for card, q in zip(pool, quality, strict=True)}
-                context.lesson = Lesson(name, priors=priors, features=features)
-        return _decision(name, request, route, pool, excluded, prediction, features, options)
+                context.lesson = Lesson(
+                    name,
+                    priors=priors,
+                    features=features,
+                    experiment=experiment.name if experiment else None,
+                    arm=arm,
+                )
+        decision = _decision(
+            name, request, route, pool, excluded, prediction, features, options, decision_id
+        )
+        if experiment is None:
+            return decision
+        return replace(decision, experiment=experiment.name, arm=arm)
 
     async def _predict(self, router: Router, text: str, pool: Sequence[ExpertCard]) -> Prediction:
         queries, candidates = [Query(text)], [card.name for card in pool]
@@ -205,9 +233,20 @@ class Orchestrator:
         route = self.routes.get(decision.route or "")
         strategy = route.config.strategy if route else self._single
         chunks = strategy.run(request, decision, self.experts, context)
-        if context.lesson is None:
-            return chunks
-        return self.feedback.followed(chunks, request, decision, context)
+        if context.lesson is not None:
+            chunks = self.feedback.followed(chunks, request, decision, context)
+        if self.shadows.wants(decision, request, context):
+            chunks = self.shadows.followed(chunks, request, decision)
+        return chunks
+
+    async def _answer_by(
+        self, request: AnyRequest, route: str, context: RequestContext
+    ) -> Completion:
+        """A route's answer, of which nobody learns anything."""
+        decision = await self.decide(request, options=RoutingOptions(route=route), context=context)
+        strategy = self.routes[route].config.strategy
+        async with aclosing(strategy.run(request, decision, self.experts, context)) as chunks:
+            return await collect(chunks)
 
     def learn(self, decision_id: str, reward: float) -> bool:
         """Learn how good an answer was.
@@ -241,6 +280,7 @@ class Orchestrator:
 
     async def aclose(self) -> None:
         """Free routers' threads and all experts."""
+        await self.shadows.aclose()
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.gather(
             *(expert.aclose() for expert in self.experts.values()), return_exceptions=True
@@ -284,7 +324,8 @@ def _build_route(
     able = [cards[expert] for expert in allowed]
     unit = cost_unit(route.policy.cost, able, measured)
     costs = ExpectedCosts.of(able, measured, unit)
-    learner = Learner(route.learning, allowed) if route.learning else None
+    guessed = isinstance(router, StaticRouter)
+    learner = Learner(route.learning, allowed, guessed=guessed) if route.learning else None
     return _Route(route, router, allowed, excluded, costs, learner)
 
 
@@ -297,6 +338,7 @@ def _decision(
     prediction: Prediction,
     features: NDArray[np.float16] | None,
     options: RoutingOptions,
+    decision_id: str,
 ) -> Decision:
     if options.top_k is not None and options.top_k > MAX_EXPERTS:
         raise BadRequestError(
@@ -307,7 +349,7 @@ def _decision(
     policy, names = route.config.policy, [card.name for card in pool]
     knob = policy.cost_quality if options.cost_quality is None else options.cost_quality
     quality: NDArray[np.floating] = prediction.quality
-    why, decision_id = prediction.explanations[0], new_decision_id()
+    why = prediction.explanations[0]
     expected = route.costs.only(names)
     usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
     hopes = quality

@@ -12,6 +12,7 @@ from experts.types import Usage
 
 if TYPE_CHECKING:
     from orchestrator.learning.learner import Lesson
+    from orchestrator.options import RoutingOptions
 
 __all__ = ["Call", "Candidate", "Decision", "RequestContext", "new_decision_id"]
 
@@ -52,6 +53,8 @@ class Decision:
         confidence: Calibrated probability of that category.
         fallback: Whether the router was too unsure and used its general category.
         detail: Further facts from the router.
+        experiment: The experiment asked for, if one was; ``route`` is then its arm's.
+        arm: The arm that the client belongs to.
     """
 
     experts: tuple[str, ...]
@@ -67,6 +70,8 @@ class Decision:
     confidence: float | None = None
     fallback: bool = False
     detail: Mapping[str, Any] = field(default_factory=dict)
+    experiment: str | None = None
+    arm: str | None = None
     id: str = field(default_factory=new_decision_id)
 
 
@@ -105,7 +110,7 @@ class RequestContext:
         router_s: Seconds the router took.
         answered_by: Whose answer is given, where that is not the expert asked last.
         client: Hash of the client's API key; none where no key is asked for.
-        session: The request's session id, if it has one.
+        options: What the request itself says of its routing.
         lesson: What feedback on the answer can be learnt from, if anything is.
     """
 
@@ -116,7 +121,7 @@ class RequestContext:
     router_s: float = 0.0
     answered_by: str | None = None
     client: str | None = None
-    session: str | None = None
+    options: RoutingOptions | None = None
     lesson: Lesson | None = None
 
     @property

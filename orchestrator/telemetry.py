@@ -80,6 +80,13 @@ class Telemetry:
             registry=self.registry,
         )
 
+        self.shadows = Counter(
+            "collegium_shadow_total",
+            "Copies of requests to a route's shadow, by what became of them.",
+            ["route", "outcome"],
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -94,6 +101,8 @@ class Telemetry:
                     {
                         "decision_id": decision.id,
                         "route": decision.route,
+                        "experiment": decision.experiment,
+                        "arm": decision.arm,
                         "policy": decision.policy,
                         "experts": decision.experts,
                         "category": decision.category,
@@ -114,8 +123,16 @@ class Telemetry:
         expert = context.expert or ""
         self.requests.labels(model, expert, str(status)).inc()
         self.seconds.labels(expert).observe(time.monotonic() - context.received)
+        self._called(context)
+
+    def shadowed(self, route: str, outcome: str, context: RequestContext) -> None:
+        """Note what became of a copy of a request, and what it cost."""
+        self.shadows.labels(route, outcome).inc()
+        self._called(context, "shadow_")
+
+    def _called(self, context: RequestContext, prefix: str = "") -> None:
         for call in context.calls:
-            self.calls.labels(call.expert, call.purpose, call.error or "ok").inc()
+            self.calls.labels(call.expert, prefix + call.purpose, call.error or "ok").inc()
             self.tokens.labels(call.expert, "prompt").inc(call.usage.prompt_tokens)
             self.tokens.labels(call.expert, "completion").inc(call.usage.completion_tokens)
             self.cost_usd.labels(call.expert).inc(call.cost_usd)

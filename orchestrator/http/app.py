@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
@@ -18,13 +19,20 @@ from starlette.responses import Response
 
 from experts.errors import ExpertError
 from orchestrator.core import Orchestrator
+from orchestrator.decision import RequestContext
 from orchestrator.errors import AuthenticationError, RequestError, UnknownModelError
 from orchestrator.http import errors, schemas
 from orchestrator.http.admission import Admission
 from orchestrator.http.body import parse_body
 from orchestrator.http.encoding import JSONBytes
 from orchestrator.http.generation import DEBUG_HEADER, Generation, decision_headers
-from orchestrator.http.requests import OPTION_HEADERS, ChatBody, CompletionBody, options_of
+from orchestrator.http.requests import (
+    OPTION_HEADERS,
+    ChatBody,
+    CompletionBody,
+    client_of,
+    options_of,
+)
 from orchestrator.telemetry import CONTENT_TYPE_LATEST, Telemetry
 from orchestrator.version import version
 
@@ -44,6 +52,8 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     app = FastAPIOffline(title="Collegium", version=version(), redoc_url=None)
     admission = Admission(orchestrator.config.server.limits.max_in_flight)
     telemetry = Telemetry(lambda: admission.in_flight)
+    orchestrator.shadows.has_room = lambda: admission.has_room
+    orchestrator.shadows.listener = telemetry.shadowed
     generation = Generation(orchestrator, telemetry, admission)
     keys = [key.encode() for key in api_keys if key]
     for kind in (RequestError, ExpertError, Exception):
@@ -53,6 +63,7 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     _add_generation(app, generation, keys)
     _add_route(app, orchestrator, admission, keys)
     _add_models(app, orchestrator, keys)
+    _add_experiments(app, orchestrator, keys)
     _add_operations(app, orchestrator, telemetry)
     # FastAPI's documented way to change the page.
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -180,7 +191,12 @@ def _add_route(
             request = await parse_body(
                 http, ChatBody, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
             )
-            decision = await orchestrator.decide(request, options=options_of(http, request))
+            context = RequestContext(
+                deadline=math.inf, client=client_of(http, orchestrator.config.server)
+            )
+            decision = await orchestrator.decide(
+                request, options=options_of(http, request), context=context
+            )
         return JSONBytes(decision, headers=decision_headers(decision, None, debug=False))
 
 
@@ -196,6 +212,22 @@ def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
                 experts=list(route.experts),
             )
             for name, route in orchestrator.routes.items()
+        },
+        **{
+            name: schemas.ModelEntry(
+                id=name,
+                created=created,
+                kind="experiment",
+                description=experiment.config.description,
+                experts=list(
+                    dict.fromkeys(
+                        expert
+                        for arm in (experiment.config.a, experiment.config.b)
+                        for expert in orchestrator.routes[arm].experts
+                    )
+                ),
+            )
+            for name, experiment in orchestrator.experiments.items()
         },
         **{
             name: schemas.ModelEntry(
@@ -220,6 +252,19 @@ def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
         if id not in entries:
             raise UnknownModelError(id, entries)
         return entries[id]
+
+
+def _add_experiments(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> None:
+    @app.get(
+        "/v1/experiments",
+        summary="Compare the arms of experiments, and routes with their shadows",
+        responses=_failures(401),
+    )
+    async def list_experiments(http: Request) -> schemas.ExperimentList:
+        _check_key(http, keys)
+        found = [one.results() for one in orchestrator.experiments.values()]
+        found += [one.results() for one in orchestrator.shadows.shadows.values()]
+        return schemas.ExperimentList.model_validate({"data": found})
 
 
 def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemetry) -> None:

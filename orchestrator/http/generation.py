@@ -100,7 +100,6 @@ class _Turn:
             own = self.context.received + options.deadline_ms / 1000
             self.context.deadline = min(self.context.deadline, own)
         self.context.max_cost_usd = options.max_cost
-        self.context.session = options.session_id
 
     @property
     def model(self) -> str:
