@@ -32,7 +32,7 @@ from benchmarks.pages import command_line, parser_of, with_interval, write
 from benchmarks.tables import load, parts_of
 from evals.metrics import bootstrap_mean
 from evals.svg import Plot
-from orchestrator.learning.config import LearningConfig
+from orchestrator.learning.config import GUESSED, LEARNT, LearningConfig
 from orchestrator.learning.learner import Learner, Lesson
 from routers.base import Query
 from routers.baselines import category_table_choice
@@ -102,14 +102,14 @@ def orders_of(world: World, split: str, n_orders: int, seed: int) -> list[NDArra
     ]
 
 
-def learning(prior: float | None, **settings: Any) -> Run:
+def learning(guess: float | None, **settings: Any) -> Run:
     """The bandit, over a constant prior or the offline router's predictions."""
 
     def run(
         world: World, order: NDArray[np.intp], scores: NDArray[np.float64], seed: int
     ) -> NDArray[np.float64]:
-        learner = Learner(LearningConfig(**settings), world.models)
-        predicted = world.predicted if prior is None else np.full(world.scores.shape, prior)
+        learner = Learner(LearningConfig(**settings), world.models, guessed=guess is not None)
+        predicted = world.predicted if guess is None else np.full(world.scores.shape, guess)
         free = np.zeros((1, len(world.models)))
         ties = np.random.default_rng(seed).permutation(len(world.models))
         got = np.empty(len(order))
@@ -264,14 +264,14 @@ def markdown(command: str, lines: dict[str, Any], split: str, n_orders: int) -> 
         f"`{command}`: `{TABLE}`, {n_orders} random orders of {REQUESTS:,} requests ({rows}); 95% "
         "intervals over orders. The policy is told the score of the model that it chose, nothing "
         f"else. The bandit has the settings of `routes.NAME.learning` (forgetting "
-        f"{config.forgetting:g}, penalty {config.penalty:g}, alpha {config.alpha:g}, "
-        f"{config.dimensions} dimensions), chosen on orders of training rows, and explores on every "
-        f"request unless it says otherwise. The router is `{ROUTER}`, cross-fitted: no prompt's "
-        "predictions are by a router that has seen its scores. Without it every model is predicted "
-        "0.5.",
+        f"{config.forgetting:g}, penalty {LEARNT:g}, without a router {GUESSED:g}, alpha "
+        f"{config.alpha:g}, {config.dimensions} dimensions), chosen on orders of training rows, "
+        "and explores on every request unless it says otherwise. The router is "
+        f"`{ROUTER}`, cross-fitted: no prompt's predictions are by a router that has seen its "
+        "scores. Without it every model is predicted 0.5.",
         "",
-        "Regret: to the best score of each prompt, which no policy reaches, summed up. In class: to "
-        "the best model of each true category in hindsight.",
+        "Regret: to the best score of each prompt, which no policy reaches, summed up. In class: "
+        "to the best model of each true category in hindsight.",
         "",
         "| | mean reward | regret | of random's | in class | reward of the last 1,000 |",
         "|---|--:|--:|--:|--:|--:|",
@@ -293,8 +293,8 @@ def markdown(command: str, lines: dict[str, Any], split: str, n_orders: int) -> 
         f"places. Recovered: the first request at which the mean of the last {WINDOW} rewards is "
         f"{RECOVERED:.0%} of the mean of the {WINDOW} before the swap, {WINDOW} after it at the "
         f"earliest; median over orders, and the share of orders where that takes at most {WITHIN}. "
-        f"Level: mean reward from {WITHIN - WINDOW} to {WITHIN} after the swap, relative to before. "
-        "Random choice shows what the noise of such means does by itself.",
+        f"Level: mean reward from {WITHIN - WINDOW} to {WITHIN} after the swap, relative to "
+        "before. Random choice shows what the noise of such means does by itself.",
         "",
         f"| | recovered after | within {WITHIN} | level |",
         "|---|--:|--:|--:|",

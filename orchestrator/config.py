@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from experts.config import (
 from experts.errors import ExpertConfigError
 from experts.paths import resolve_path
 from experts.types import ExpertCard
-from orchestrator.learning.config import LearningConfig
+from orchestrator.learning.config import ExperimentConfig, LearningConfig, ShadowConfig
 from orchestrator.memory.cache import CacheConfig
 from orchestrator.memory.config import MemoryConfig, SQLiteMemoryConfig
 from orchestrator.memory.sessions import SessionsConfig
@@ -110,6 +111,8 @@ class RouteConfig(StrictModel):
     """Names of the experts to choose from; none means all that the router knows."""
     learning: LearningConfig | None = None
     """How feedback corrects the router's predictions; none leaves them alone."""
+    shadow: ShadowConfig | None = None
+    """A second route that is compared with this one behind users' backs."""
 
 
 class EmbedderConfig(StrictModel):
@@ -203,6 +206,8 @@ class CollegiumConfig(StrictModel):
     """Who predicts which expert answers well, by name."""
     routes: dict[RouteName, RouteConfig] = Field(default_factory=dict)
     """Names users can put in ``model``; ``auto`` is the one for requests without a model."""
+    experiments: dict[RouteName, ExperimentConfig] = Field(default_factory=dict)
+    """Names users can put in ``model`` too, each for one of two routes, to find the better one."""
     embedders: dict[RouteName, EmbedderConfig] = Field(default_factory=dict)
     """Who turns texts into vectors, by name; without ``embedding_route`` the first one is
     ``auto``."""
@@ -319,6 +324,14 @@ class CollegiumConfig(StrictModel):
                         f"the strategy of route {route_name!r} names the unknown expert "
                         f"{expert!r}; known: {', '.join(map(repr, names))}"
                     )
+            if route.shadow is not None:
+                _check_shadow(route_name, route.shadow, self.routes, names)
+        for experiment_name, experiment in self.experiments.items():
+            if experiment_name in names or experiment_name in self.routes:
+                raise ValueError(
+                    f"{experiment_name!r} names an experiment and an expert or a route; rename one"
+                )
+            _check_arms(experiment_name, experiment, self.routes)
         for router_name, router in self.routers.items():
             for expert in router.quality if isinstance(router, StaticRouterConfig) else ():
                 if expert not in names:
@@ -327,6 +340,32 @@ class CollegiumConfig(StrictModel):
                         f"known: {', '.join(map(repr, names))}"
                     )
         return self
+
+
+def _check_shadow(
+    name: str, shadow: ShadowConfig, routes: Iterable[str], experts: Iterable[str]
+) -> None:
+    if shadow.route == name or shadow.route not in routes:
+        raise ValueError(
+            f"the shadow of route {name!r} must be another route, got {shadow.route!r}; known: "
+            f"{', '.join(map(repr, routes))}"
+        )
+    if shadow.judge not in experts:
+        raise ValueError(
+            f"the shadow of route {name!r} names the unknown expert {shadow.judge!r}; known: "
+            f"{', '.join(map(repr, experts))}"
+        )
+
+
+def _check_arms(name: str, experiment: ExperimentConfig, routes: Iterable[str]) -> None:
+    for arm in (experiment.a, experiment.b):
+        if arm not in routes:
+            raise ValueError(
+                f"experiment {name!r} names the unknown route {arm!r}; known: "
+                f"{', '.join(map(repr, routes)) or 'none'}"
+            )
+    if experiment.a == experiment.b:
+        raise ValueError(f"experiment {name!r} compares {experiment.a!r} with itself")
 
 
 def load_config(source: Path | str | None = None) -> CollegiumConfig:

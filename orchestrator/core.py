@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.paths import resolve_path
-from experts.types import ChatRequest, Chunk, ExpertCard, collect
+from experts.types import ChatRequest, Chunk, Completion, ExpertCard, collect
 from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
@@ -23,6 +23,7 @@ from orchestrator.config import (
 )
 from orchestrator.costs import ExpectedCosts, cost_unit
 from orchestrator.decision import (
+    PUBLIC,
     Candidate,
     Decision,
     RequestContext,
@@ -31,8 +32,10 @@ from orchestrator.decision import (
 )
 from orchestrator.embeddings import Embeddings
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
+from orchestrator.learning.experiments import Experiment
 from orchestrator.learning.feedback import Learning
 from orchestrator.learning.learner import Learner, Lesson
+from orchestrator.learning.shadow import Shadows
 from orchestrator.memory.cache import CachedAnswer, ResponseCache
 from orchestrator.memory.decisions import DecisionLog, DecisionRecord
 from orchestrator.memory.feedback import Feedback, FeedbackLog
@@ -146,8 +149,15 @@ class Orchestrator:
         self.decisions = DecisionLog(self.memory)
         self.feedback = FeedbackLog(self.memory, self.decisions)
         self.feedback.on_feedback.append(self._taught)
+        self.experiments = {n: Experiment(n, c) for n, c in config.experiments.items()}
         self.learning = Learning(
-            {name: route.learner for name, route in self.routes.items() if route.learner}
+            {name: route.learner for name, route in self.routes.items() if route.learner},
+            self.experiments,
+        )
+        self.shadows = Shadows(
+            {name: route.shadow for name, route in config.routes.items() if route.shadow},
+            self._answer_by,
+            experts,
         )
 
         self._cache = _open_cache(config, self.memory)
@@ -160,6 +170,12 @@ class Orchestrator:
             for route_name, route in self.config.routes.items()
             if route.router == name
         }
+        for route_name, route in changed.items():
+            # What was learnt of experts is not forgotten with the router.
+            if route.experts == self.routes[route_name].experts:
+                changed[route_name] = replace(route, learner=self.routes[route_name].learner)
+            elif route.learner is not None:
+                self.learning.learners[route_name] = route.learner
         self.routes = {**self.routes, **changed}
 
     async def decide(
@@ -192,12 +208,19 @@ class Orchestrator:
         options = options or RoutingOptions()
         if context is not None:
             context.session_id = options.session_id
+            context.options = options
         if options.route is None and request.model in self.cards:
             return self._decide_named(request, options)
-        name = options.route or request.model
+        name, decision_id = options.route or request.model, new_decision_id()
+        experiment, arm = self.experiments.get(name), None
+        if experiment is not None:
+            scope = context.scope if context else PUBLIC
+            key = None if scope == PUBLIC else scope
+            arm = experiment.arm_of(key, options.session_id, decision_id)
+            name = experiment.route(arm)
         route = self.routes.get(name)
         if route is None:
-            known = self.routes if options.route else [*self.routes, *self.cards]
+            known = [*self.routes, *self.experiments, *([] if options.route else self.cards)]
             raise UnknownModelError(name, known, "route" if options.route else "model")
         allowed = not_allowed(route.experts, options.allowed_models or ["*"])
         pool, unable = split_pool(
@@ -212,14 +235,25 @@ class Orchestrator:
         features = await self._features(route.learner, text)
         if context is not None:
             context.router_s = time.monotonic() - started
-            if features is not None:
+            if features is not None or experiment is not None:
                 quality = prediction.quality[0].tolist()
                 priors = {card.name: q for card, q in zip(pool, quality, strict=True)}
-                context.lesson = Lesson(name, priors=priors, features=features)
+                context.lesson = Lesson(
+                    name,
+                    priors=priors,
+                    features=features,
+                    experiment=experiment.name if experiment else None,
+                    arm=arm,
+                )
         share = await self._share(
             request, options, context, route.costs.only([card.name for card in pool])
         )
-        return _decision(name, request, route, pool, excluded, prediction, features, options, share)
+        decision = _decision(
+            name, request, route, pool, excluded, prediction, features, options, share, decision_id
+        )
+        if experiment is None:
+            return decision
+        return replace(decision, experiment=experiment.name, arm=arm)
 
     async def _share(
         self,
@@ -281,6 +315,8 @@ class Orchestrator:
         session = self._sessions is not None and context.session_id is not None
         if session or (context.cache is not None and context.cache.state == "miss"):
             chunks = self._noted(chunks, decision, context)
+        if self.shadows.wants(decision, request, context):
+            chunks = self.shadows.followed(chunks, request, decision)
         return chunks
 
     async def recall(
@@ -332,6 +368,15 @@ class Orchestrator:
         elif feedback.preferred_over is not None:
             self.learn_preference(feedback.decision_id, feedback.preferred_over)
 
+    async def _answer_by(
+        self, request: AnyRequest, route: str, context: RequestContext
+    ) -> Completion:
+        """A route's answer, of which nobody learns anything."""
+        decision = await self.decide(request, options=RoutingOptions(route=route), context=context)
+        strategy = self.routes[route].config.strategy
+        async with aclosing(strategy.run(request, decision, self.experts, context)) as chunks:
+            return await collect(chunks)
+
     def learn(self, decision_id: str, reward: float) -> bool:
         """Learn how good an answer was.
 
@@ -364,6 +409,7 @@ class Orchestrator:
 
     async def aclose(self) -> None:
         """Free routers' threads and all experts, and write down what is still to be written."""
+        await self.shadows.aclose()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._cache is not None:
             self._cache.close()
@@ -434,7 +480,8 @@ def _build_route(
     able = [cards[expert] for expert in allowed]
     unit = cost_unit(route.policy.cost, able, measured)
     costs = ExpectedCosts.of(able, measured, unit)
-    learner = Learner(route.learning, allowed) if route.learning else None
+    guessed = isinstance(router, StaticRouter)
+    learner = Learner(route.learning, allowed, guessed=guessed) if route.learning else None
     return _Route(route, router, allowed, excluded, costs, release, learner)
 
 
@@ -448,6 +495,7 @@ def _decision(
     features: NDArray[np.float16] | None,
     options: RoutingOptions,
     session: SessionShare | None,
+    decision_id: str,
 ) -> Decision:
     if options.top_k is not None and options.top_k > MAX_EXPERTS:
         raise BadRequestError(
@@ -458,7 +506,7 @@ def _decision(
     policy, names = route.config.policy, [card.name for card in pool]
     knob = policy.cost_quality if options.cost_quality is None else options.cost_quality
     quality: NDArray[np.floating] = prediction.quality
-    why, decision_id = prediction.explanations[0], new_decision_id()
+    why = prediction.explanations[0]
     expected = route.costs.only(names)
     usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
     hopes = quality

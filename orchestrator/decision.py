@@ -14,6 +14,7 @@ from experts.types import Usage
 if TYPE_CHECKING:
     from orchestrator.learning.learner import Lesson
     from orchestrator.memory.cache import Lookup
+    from orchestrator.options import RoutingOptions
 
 __all__ = [
     "PUBLIC",
@@ -87,6 +88,8 @@ class Decision:
         fallback: Whether the router was too unsure and used its general category.
         detail: Further facts from the router.
         session: What the earlier turns had to say, if anything.
+        experiment: The experiment asked for, if one was; ``route`` is then its arm's.
+        arm: The arm that the client belongs to.
     """
 
     experts: tuple[str, ...]
@@ -104,6 +107,8 @@ class Decision:
     fallback: bool = False
     detail: Mapping[str, Any] = field(default_factory=dict)
     session: SessionShare | None = None
+    experiment: str | None = None
+    arm: str | None = None
     id: str = field(default_factory=new_decision_id)
 
 
@@ -145,6 +150,7 @@ class RequestContext:
         reroute: Decides anew, by the same route among the same candidates, for strategies whose
             next step depends on what is there so far; none where an expert was named.
         composing: Whether several are asked, so that it is open who answers until ``answered_by``.
+        options: What the request itself says of its routing.
         lesson: What feedback on the answer can be learnt from, if anything is.
         session_id: The conversation, as the request names it.
         cache: What the response cache had for the request; none if there is no cache.
@@ -160,6 +166,7 @@ class RequestContext:
     reroute: Callable[[AnyRequest], Awaitable[Decision]] | None = None
     composing: bool = False
     session_id: str | None = None
+    options: RoutingOptions | None = None
     lesson: Lesson | None = None
     cache: Lookup | None = None
 

@@ -93,6 +93,12 @@ class Telemetry:
             ["state"],
             registry=self.registry,
         )
+        self.shadows = Counter(
+            "collegium_shadow_total",
+            "Copies of requests to a route's shadow, by what became of them.",
+            ["route", "outcome"],
+            registry=self.registry,
+        )
 
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
@@ -108,6 +114,8 @@ class Telemetry:
                     {
                         "decision_id": decision.id,
                         "route": decision.route,
+                        "experiment": decision.experiment,
+                        "arm": decision.arm,
                         "policy": decision.policy,
                         "experts": decision.experts,
                         "category": decision.category,
@@ -134,8 +142,16 @@ class Telemetry:
         self.seconds.labels(expert).observe(time.monotonic() - context.received)
         if context.cache is not None:
             self.cache_lookups.labels(context.cache.state).inc()
+        self._called(context)
+
+    def shadowed(self, route: str, outcome: str, context: RequestContext) -> None:
+        """Note what became of a copy of a request, and what it cost."""
+        self.shadows.labels(route, outcome).inc()
+        self._called(context, "shadow_")
+
+    def _called(self, context: RequestContext, prefix: str = "") -> None:
         for call in context.calls:
-            self.calls.labels(call.expert, call.purpose, call.error or "ok").inc()
+            self.calls.labels(call.expert, prefix + call.purpose, call.error or "ok").inc()
             self.tokens.labels(call.expert, "prompt").inc(call.usage.prompt_tokens)
             self.tokens.labels(call.expert, "completion").inc(call.usage.completion_tokens)
             self.cost_usd.labels(call.expert).inc(call.cost_usd)

@@ -45,6 +45,11 @@ class Admission:
         if self.in_flight - 1 >= max(1, self.limit // 2):
             raise OverloadedError(self.limit // 2)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more than half of the places are free."""
+        return self.in_flight < max(1, self.limit // 2)
+
     def leave(self) -> None:
         """A request is done."""
         self.in_flight -= 1

@@ -58,6 +58,8 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     admission = Admission(orchestrator.config.server.limits.max_in_flight)
     telemetry = Telemetry(lambda: admission.in_flight)
     orchestrator.memory.on_error = telemetry.memory_failed
+    orchestrator.shadows.has_room = lambda: admission.has_room
+    orchestrator.shadows.listener = telemetry.shadowed
     generation = Generation(orchestrator, telemetry, admission)
     keys = [key.encode() for key in api_keys if key]
     for kind in (RequestError, ExpertError, Exception):
@@ -69,6 +71,7 @@ def create_app(orchestrator: Orchestrator, *, api_keys: Iterable[str] = ()) -> F
     _add_route(app, orchestrator, admission, keys)
     _add_models(app, orchestrator, keys)
     _add_memory(app, orchestrator, keys)
+    _add_experiments(app, orchestrator, keys)
     _add_operations(app, orchestrator, telemetry)
     # FastAPI's documented way to change the page.
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -252,6 +255,22 @@ def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
             },
             **{
                 name: schemas.ModelEntry(
+                    id=name,
+                    created=created,
+                    kind="experiment",
+                    description=experiment.config.description,
+                    experts=list(
+                        dict.fromkeys(
+                            expert
+                            for arm in (experiment.config.a, experiment.config.b)
+                            for expert in orchestrator.routes[arm].experts
+                        )
+                    ),
+                )
+                for name, experiment in orchestrator.experiments.items()
+            },
+            **{
+                name: schemas.ModelEntry(
                     id=name, created=created, kind="embedder", description=embedder.description
                 )
                 for name, embedder in orchestrator.config.embedders.items()
@@ -297,6 +316,19 @@ def _add_memory(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
             http, FeedbackBody, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
         )
         return JSONBytes(await orchestrator.feedback.give(body, scope))
+
+
+def _add_experiments(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> None:
+    @app.get(
+        "/v1/experiments",
+        summary="Compare the arms of experiments, and routes with their shadows",
+        responses=_failures(401),
+    )
+    async def list_experiments(http: Request) -> schemas.ExperimentList:
+        _check_key(http, keys)
+        found = [one.results() for one in orchestrator.experiments.values()]
+        found += [one.results() for one in orchestrator.shadows.shadows.values()]
+        return schemas.ExperimentList.model_validate({"data": found})
 
 
 def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemetry) -> None:

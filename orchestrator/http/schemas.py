@@ -13,6 +13,7 @@ __all__ = [
     "ChatCompletion",
     "EmbeddingList",
     "ErrorBody",
+    "ExperimentList",
     "HealthBody",
     "ModelEntry",
     "ModelList",
@@ -190,16 +191,16 @@ class EmbeddingList(_Shape):
 
 
 class ModelEntry(_Shape):
-    """A name that can stand in ``model``: an expert, a route or an embedder."""
+    """A name that can stand in ``model``: an expert, a route, an experiment or an embedder."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "collegium"
-    kind: Literal["expert", "route", "embedder"]
+    kind: Literal["expert", "route", "experiment", "embedder"]
     description: str = ""
     experts: list[str] | None = None
-    """A route's experts."""
+    """A route's experts, or those of an experiment's two routes."""
     card: dict[str, Any] | None = None
     """An expert's card: capabilities, context length, parameters, prices, base model, adapter."""
 
@@ -265,6 +266,51 @@ class RouteBody(_Shape):
     """Further facts from the router."""
     session: SessionBody | None
     """What the earlier turns had to say; null without a session."""
+    experiment: str | None
+    """The experiment asked for, if one was; ``route`` is then its arm's."""
+    arm: str | None
+    """The arm that the client belongs to."""
+
+
+class ArmBody(_Shape):
+    """One of two routes that are compared."""
+
+    name: Literal["a", "b"]
+    route: str
+    requests: int
+    """How many it answered, or of a shadow was to be copied."""
+    outcomes: int
+    """How many of them are rated, or compared by the judge."""
+    mean: float | None
+    """Mean rating, or share of wins with ties as halves; null while there is none."""
+
+
+class ExperimentBody(_Shape):
+    """Two routes and what is known of their difference, on this replica."""
+
+    name: str
+    """The experiment, or the route that has a shadow."""
+    kind: Literal["split", "shadow"]
+    arms: list[ArmBody]
+    counts: dict[str, int] | None = None
+    """What became of a shadow's copies."""
+    difference: float | None
+    """Mean of b less mean of a."""
+    low: float
+    """Lower end of the true difference, valid whenever one looks."""
+    high: float
+    """Upper end."""
+    error: float
+    """Probability that low and high ever leave out the true difference."""
+    verdict: Literal["a", "b", "undecided"]
+    """The better arm, once it is certain enough."""
+
+
+class ExperimentList(_Shape):
+    """All experiments and shadows."""
+
+    object: Literal["list"] = "list"
+    data: list[ExperimentBody]
 
 
 class HealthBody(_Shape):

@@ -13,6 +13,7 @@ from experts.base import AnyRequest
 from experts.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
 from experts.types import Chunk
 from orchestrator.decision import PUBLIC, Decision, RequestContext
+from orchestrator.learning.experiments import Experiment
 from orchestrator.learning.learner import Learner, Lessons, preferred
 
 __all__ = ["Learning"]
@@ -31,10 +32,14 @@ class Learning:
 
     Args:
         learners: Of the routes that learn, by name.
+        experiments: By name.
     """
 
-    def __init__(self, learners: Mapping[str, Learner]) -> None:
+    def __init__(
+        self, learners: dict[str, Learner], experiments: Mapping[str, Experiment]
+    ) -> None:
         self.learners = learners
+        self.experiments = experiments
         self.lessons = Lessons()
         self._answered: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
 
@@ -47,9 +52,14 @@ class Learning:
         if not 0.0 <= reward <= 1.0:
             raise ValueError(f"a reward must lie in [0, 1], got {reward}")
         lesson = self.lessons.take(decision_id)
-        if lesson is None or lesson.expert is None or lesson.route not in self.learners:
+        if lesson is None:
             return False
-        return self.learners[lesson.route].learn(lesson, lesson.expert, reward)
+        experiment = self.experiments.get(lesson.experiment or "")
+        if experiment is not None and lesson.arm is not None:
+            experiment.ratings[lesson.arm].add(reward)
+        learner = self.learners.get(lesson.route)
+        learnt = learner is not None and learner.learn(lesson, lesson.expert, reward)
+        return learnt or experiment is not None
 
     def learn_preference(self, better_id: str, worse_id: str) -> bool:
         """Learn that one answer was preferred to another of the same route.
@@ -96,6 +106,9 @@ class Learning:
             for call in context.calls:
                 if call.purpose == "answer" and call.error and call.error not in NO_FAILURES:
                     learner.learn(lesson, call.expert, 0.0, weight=learner.config.error_weight)
+        experiment = self.experiments.get(lesson.experiment or "")
+        if experiment is not None and lesson.arm is not None:
+            experiment.requests[lesson.arm] += 1
         lesson.expert = context.expert
         self.lessons.add(decision.id, lesson)
 

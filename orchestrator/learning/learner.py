@@ -8,10 +8,10 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.learning.bandit import LinUCB, features_of
-from orchestrator.learning.config import LearningConfig
+from orchestrator.learning.config import GUESSED, LEARNT, LearningConfig
 from routers.encoders import get_encoder
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Lesson:
     priors: Mapping[str, float] = field(default_factory=dict)
     features: NDArray[np.float16] | None = None
     experiment: str | None = None
-    arm: str | None = None
+    arm: Literal["a", "b"] | None = None
 
     def to_json(self) -> str:
         """The lesson for a store."""
@@ -127,16 +127,19 @@ class Learner:
     Args:
         config: The route's.
         experts: The route's.
+        guessed: Whether predictions are numbers that somebody wrote down.
     """
 
-    def __init__(self, config: LearningConfig, experts: Sequence[str]) -> None:
+    def __init__(
+        self, config: LearningConfig, experts: Sequence[str], *, guessed: bool = False
+    ) -> None:
         self.config = config
         self._encoder = get_encoder(config.encoder)
         self.bandit = LinUCB(
             experts,
             min(config.dimensions, self._encoder.width) + 1,
             forgetting=config.forgetting,
-            penalty=config.penalty,
+            penalty=config.penalty or (GUESSED if guessed else LEARNT),
         )
 
     def features(self, text: str) -> NDArray[np.float16]:
@@ -181,10 +184,13 @@ class Learner:
             },
         )
 
-    def learn(self, lesson: Lesson, expert: str, reward: float, *, weight: float = 1.0) -> bool:
+    def learn(
+        self, lesson: Lesson, expert: str | None, reward: float, *, weight: float = 1.0
+    ) -> bool:
         """Learn how good an expert's answer was; whether anything was learnt."""
         if weight == 0 or lesson.features is None or expert not in lesson.priors:
             return False
+        assert expert is not None
         prior = lesson.priors[expert]
         self.bandit.update(lesson.features, expert, reward, prior, weight=weight)
         return True

@@ -5,6 +5,7 @@ Knows outcomes in [0, 1] of two arms; nothing of routes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Arm", "Comparison", "Verdict", "compare"]
+__all__ = ["Arm", "Comparison", "Verdict", "compare", "mean_interval"]
 
 Verdict = Literal["a", "b", "undecided"]
 
@@ -118,20 +119,38 @@ def compare(a: Arm, b: Arm, *, error: float = 0.05) -> Comparison:
         return Comparison(None, -1.0, 1.0, "undecided")
     bound = float(np.log(1 / error))
     found = mean_b - mean_a
-    low, high = _edge(a, b, bound, found, -1.0), _edge(a, b, bound, found, 1.0)
+
+    def evidence(difference: float) -> float:
+        return _least_evidence(a, b, difference)
+
+    low, high = _edge(evidence, bound, found, -1.0), _edge(evidence, bound, found, 1.0)
     verdict: Verdict = "undecided"
     if low > 0 or high < 0:
         verdict = "b" if low > 0 else "a"
     return Comparison(found, low, high, verdict)
 
 
-def _edge(a: Arm, b: Arm, bound: float, inside: float, outside: float) -> float:
-    """Where evidence against a difference reaches the bound, between two differences."""
-    if _least_evidence(a, b, outside) < bound:
+def mean_interval(arm: Arm, *, error: float = 0.05) -> tuple[float, float]:
+    """Where the mean of one arm's outcomes may lie; valid as ``compare`` is."""
+    import numpy as np
+
+    if arm.mean is None:
+        return 0.0, 1.0
+
+    def evidence(mean: float) -> float:
+        return float(arm.log_wealth(np.array([mean]))[0])
+
+    bound = float(np.log(1 / error))
+    return _edge(evidence, bound, arm.mean, 0.0), _edge(evidence, bound, arm.mean, 1.0)
+
+
+def _edge(evidence: Callable[[float], float], bound: float, inside: float, outside: float) -> float:
+    """Where evidence against a value reaches the bound, between two values."""
+    if evidence(outside) < bound:
         return outside
     for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
-        if _least_evidence(a, b, middle) < bound:
+        if evidence(middle) < bound:
             inside = middle
         else:
             outside = middle

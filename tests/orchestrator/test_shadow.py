@@ -1,0 +1,176 @@
+"""Shadows: copies are judged blindly, and nobody who is answered notices."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from experts.types import collect
+from orchestrator.decision import RequestContext
+from orchestrator.options import RoutingOptions
+from tests.orchestrator.support import (
+    CHAT,
+    build,
+    chat_body,
+    chat_request,
+    client,
+    config_with_rules,
+    eventually,
+    expert,
+    metric,
+)
+
+
+def shadowed(rules=None, **shadow):
+    """An ``auto`` by ``large`` with a shadow by ``small`` that ``medium`` judges."""
+    fields = {"route": "copy", "judge": "medium", "share": 1.0, **shadow}
+    routes = {
+        "auto": {"router": "table", "strategy": {"type": "single"}, "shadow": fields},
+        "copy": {
+            "router": "table",
+            "strategy": {"type": "single"},
+            "policy": {"cost_quality": 0},
+        },
+    }
+    return build(config_with_rules(rules or {}, routes=routes))
+
+
+async def asked(orchestrator, text="hello", *, options=None, **fields):
+    """One answered request; how long it took."""
+    started = time.monotonic()
+    context = RequestContext(deadline=started + 5)
+    request = chat_request(text, **fields)
+    decision = await orchestrator.decide(request, options=options, context=context)
+    completion = await collect(orchestrator.run(request, decision, context))
+    assert completion.text.startswith("large")
+    return time.monotonic() - started
+
+
+def counts(orchestrator):
+    """What became of copies."""
+    return orchestrator.shadows.shadows["auto"].counts
+
+
+async def settled(orchestrator, n):
+    """Wait until so many copies are done."""
+    await eventually(lambda: sum(counts(orchestrator).values()) == n, 5)
+
+
+async def test_a_judge_that_favours_a_position_favours_no_route():
+    orchestrator = shadowed({"medium": {"answer": "1"}}, max_in_flight=100)
+    for number in range(60):
+        await asked(orchestrator, f"question {number}")
+    await settled(orchestrator, 60)
+    found = counts(orchestrator)
+    assert found["better"] + found["worse"] == 60
+    assert 15 <= found["better"] <= 45
+    assert orchestrator.shadows.shadows["auto"].results()["verdict"] == "undecided"
+
+
+async def test_the_judge_sees_both_answers_and_no_names_of_routes():
+    orchestrator = shadowed({"medium": {"answer": "0"}})
+    await asked(orchestrator, "what is it?")
+    await settled(orchestrator, 1)
+    prompt = expert(orchestrator, "medium").requests[0].messages[0].text
+    for part in ("what is it?", "large says hello to you", "small says hello to you"):
+        assert part in prompt
+    assert "auto" not in prompt
+    assert counts(orchestrator)["equal"] == 1
+
+
+async def test_the_better_route_is_found():
+    orchestrator = shadowed(max_in_flight=200)
+
+    async def judged(judge, request, decision_id, given, copied, context):
+        return "better"
+
+    # The judge's word is scripted text, which cannot depend on the order it is shown.
+    orchestrator.shadows._judged = judged
+    for number in range(60):
+        await asked(orchestrator, f"question {number}")
+    await settled(orchestrator, 60)
+    results = orchestrator.shadows.shadows["auto"].results()
+    assert (results["verdict"], results["kind"]) == ("b", "shadow")
+    assert results["low"] > 0
+
+
+async def test_equal_answers_need_no_judge():
+    orchestrator = shadowed({"small": {"answer": "large says hello to you"}})
+    await asked(orchestrator)
+    await settled(orchestrator, 1)
+    assert counts(orchestrator)["equal"] == 1
+    assert not expert(orchestrator, "medium").requests
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"small": {"error": "unavailable"}},
+        {"medium": {"error": "failed"}},
+        {"medium": {"answer": "I cannot say"}},
+        {"small": {"delay_s": 30}},
+    ],
+)
+async def test_a_copy_that_fails_or_hangs_neither_fails_nor_delays_the_answer(rules):
+    orchestrator = shadowed(rules, timeout_s=0.2)
+    assert await asked(orchestrator) < 0.2
+    await settled(orchestrator, 1)
+    assert counts(orchestrator)["failed"] == 1
+    assert expert(orchestrator, "small").active == 0
+
+
+async def test_a_copy_keeps_to_its_cost_cap():
+    orchestrator = shadowed(max_cost_usd=1e-9)
+    await asked(orchestrator)
+    await settled(orchestrator, 1)
+    assert counts(orchestrator)["failed"] == 1
+    assert not expert(orchestrator, "small").requests
+
+
+async def test_copies_are_dropped_where_there_is_no_room():
+    orchestrator = shadowed({"small": {"delay_s": 30}}, max_in_flight=1)
+    for _ in range(3):
+        await asked(orchestrator)
+    assert counts(orchestrator)["dropped"] == 2
+    orchestrator.shadows.has_room = lambda: False
+    await asked(orchestrator)
+    assert counts(orchestrator)["dropped"] == 3
+    await orchestrator.aclose()
+    assert expert(orchestrator, "small").active == 0
+
+
+async def test_requests_that_say_who_may_see_them_are_not_copied():
+    orchestrator = shadowed()
+    await asked(orchestrator, options=RoutingOptions(allowed_models=["large"]))
+    await asked(orchestrator, n=2)
+    await asyncio.sleep(0.05)
+    assert not any(counts(orchestrator).values())
+    assert not expert(orchestrator, "small").requests
+
+
+async def test_only_the_wanted_share_is_copied():
+    orchestrator = shadowed(share=0.2, max_in_flight=100)
+    for number in range(150):
+        await asked(orchestrator, f"question {number}")
+    await asyncio.sleep(0.2)
+    assert 12 <= sum(counts(orchestrator).values()) <= 50
+
+
+async def test_copies_are_counted_and_listed_over_http():
+    orchestrator = shadowed({"medium": {"answer": "1"}})
+    async with client(orchestrator) as http:
+        answer = await http.post(CHAT, json=chat_body(stream=True))
+        assert answer.headers["x-collegium-path"] == "large"
+        await settled(orchestrator, 1)
+        page = (await http.get("/metrics")).text
+        listed = (await http.get("/v1/experiments")).json()["data"]
+    done = [metric(page, f'collegium_shadow_total{{outcome="{o}",route="auto"}}')
+            for o in ("better", "worse")]  # fmt: skip
+    assert sum(done) == 1
+    for name, purpose in (("small", "shadow_answer"), ("medium", "shadow_judge")):
+        labels = f'expert="{name}",outcome="ok",purpose="{purpose}"'
+        assert metric(page, f"collegium_expert_calls_total{{{labels}}}") == 1
+    assert [(one["name"], one["kind"]) for one in listed] == [("auto", "shadow")]
+    assert sum(listed[0]["counts"].values()) == 1
