@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,13 @@ async def test_sqlite_forgets_what_has_expired(tmp_path: Path, monkeypatch):
     await store.aclose()
 
 
-def test_sqlite_files_can_be_opened_by_many_at_once(tmp_path: Path):
-    for number in range(5):
-        path = str(tmp_path / f"{number}.db")
-        with ThreadPoolExecutor(4) as threads:
-            stores = list(threads.map(lambda path: SQLiteStore(path), [path] * 4))
-        for store in stores:
-            asyncio.run(store.aclose())
+def test_sqlite_waits_for_another_replica_that_makes_the_file(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("orchestrator.memory.sqlite.BUSY_S", 0.0)
+    path = str(tmp_path / "memory.db")
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.2, other.close).start()
+    asyncio.run(SQLiteStore(path).aclose())
 
 
 async def test_redis_says_what_is_wrong_with_its_address():
