@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +30,7 @@ from orchestrator.strategies.confidence import (
     Calibration,
     Signal,
     confidence_of,
+    shape_wanted,
     unusable,
     with_signal,
     without_signal,
@@ -137,7 +138,8 @@ class CascadeStrategy(Strategy):
             held: list[Chunk] = []
             begun = False
             try:
-                if walk.settled(place, limits.fitting(walk, after=place)):
+                after = limits.fitting(walk, after=place)
+                if walk.settled(place, after, shaped=shape_wanted(request)):
                     async with aclosing(stream_one(name, request, experts, context)) as stream:
                         async for chunk in stream:
                             if chunk.usage is not None:
@@ -303,12 +305,13 @@ class Walk:
     def _best(self) -> float | None:
         return max((float(self.quality[j]) for j in self.answered), default=None)
 
-    def settled(self, place: int, fitting: Sequence[int]) -> bool:
+    def settled(self, place: int, fitting: Sequence[int], *, shaped: bool = False) -> bool:
         """Whether an expert's answer is certain to be given, if it gives one.
 
         Args:
             place: Who is asked next.
             fitting: Who could still be asked after it.
+            shaped: Whether the answer must have a shape, and is worth nothing without it.
         """
         after = copy(self)
         after.answered = [*self.answered, place]
@@ -316,11 +319,23 @@ class Walk:
         after._left = self._left - 1
         if max(after.answered, key=after.rank) != place:
             return False
-        if self.judged(place):
-            return not after._left or not (
-                set(fitting) & set(self._order if self._strategy.order else fitting)
-            )
-        return after.next(fitting) is None
+        if not self.judged(place):
+            return after.next(fitting) is None
+        followers = set(fitting) & set(self._order)
+        if not after._left or not followers:
+            return True
+        return not shaped and after._stops_anyway(place, fitting)
+
+    def _stops_anyway(self, place: int, fitting: Sequence[int]) -> bool:
+        """Whether neither the worst nor the best signal of the last answer changes anything."""
+        calibration = self._strategy.calibrations[self.names[place]]
+        for signal, _ in (calibration.points[0], calibration.points[-1]):
+            then = copy(self)
+            then._beliefs = deepcopy(self._beliefs)
+            then._beliefs.observe(place, self.chance(place, signal))
+            if max(then.answered, key=then.rank) != place or then.next(fitting) is not None:
+                return False
+        return True
 
     def chance(self, place: int, signal: float) -> float:
         """The chance that an answer with this signal is right."""

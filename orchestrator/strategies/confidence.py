@@ -31,6 +31,7 @@ __all__ = [
     "confidence_of",
     "mean_margin",
     "mean_probability",
+    "shape_wanted",
     "unusable",
     "with_signal",
     "without_signal",
@@ -178,6 +179,12 @@ def mean_margin(logprobs: Mapping[str, Any] | None) -> float | None:
     return sum(margins) / len(margins) if margins else None
 
 
+def shape_wanted(request: ChatRequest) -> bool:
+    """Whether the request asks for a tool call, or for JSON."""
+    shape = request.response_format
+    return request.tool_choice == "required" or (shape is not None and shape.type != "text")
+
+
 def unusable(request: ChatRequest, completion: Completion) -> bool:
     """Whether an answer is surely wrong: empty, or not in the shape that was asked for."""
     choice = completion.choices[0]
@@ -185,8 +192,7 @@ def unusable(request: ChatRequest, completion: Completion) -> bool:
         return False
     if not choice.text.strip() or request.tool_choice == "required":
         return True
-    shape = request.response_format
-    if shape is None or shape.type == "text":
+    if not shape_wanted(request):
         return False
     try:
         json.loads(choice.text)

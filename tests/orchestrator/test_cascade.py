@@ -354,6 +354,21 @@ async def test_the_last_expert_is_streamed_with_the_usage_of_all():
     assert not run.experts["second"].requests[0].logprobs
 
 
+@pytest.mark.parametrize(("charge", "path"), [(0.9, ["first"]), (0.05, ["first", "second"])])
+async def test_an_answer_is_streamed_if_no_signal_would_make_another_worth_it(
+    charge: float, path: list[str]
+):
+    strategy = cascade(calibrations={"first": STEPS, "second": STEPS})
+    experts = [expert("first", answer_rule("a b")), expert("second", answer_rule("c d"))]
+    run = Run(strategy, experts, quality=[0.6, 0.6], charges=[0.0, charge], stream=True)
+    chunks = [chunk async for chunk in run.chunks]
+    # A judged answer comes in one piece; the scripted signal is the better one.
+    assert [chunk.text for chunk in chunks if chunk.text] == (
+        ["a", " b"] if len(path) == 1 else ["a b"]
+    )
+    assert bool(experts[0].requests[0].logprobs) == (len(path) == 2)
+
+
 async def test_the_knob_and_a_margin_count_as_charges():
     """A candidate's quality less its utility is what asking costs."""
     route = {
