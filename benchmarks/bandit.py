@@ -32,10 +32,12 @@ from benchmarks.pages import command_line, parser_of, with_interval, write
 from benchmarks.tables import load, parts_of
 from evals.metrics import bootstrap_mean
 from evals.svg import Plot
+from orchestrator.learning.bandit import features_of
 from orchestrator.learning.config import GUESSED, LEARNT, LearningConfig
 from orchestrator.learning.learner import Learner, Lesson
 from routers.base import Query
 from routers.baselines import category_table_choice
+from routers.encoders import get_encoder
 from routers.registry import get_router_class
 
 TABLE = "nine_mixed"
@@ -86,8 +88,9 @@ def world_of(data: Any, split: str, seed: int) -> World:
         router = get_router_class(ROUTER)().fit(part)
         quality = router.predict([Query(text) for text in judged.texts], part.models).quality
         predicted[[place[prompt_id] for prompt_id in judged.ids]] = quality
-    learner = Learner(LearningConfig(), whole.models)
-    features = np.array([learner.features(text) for text in tqdm(prompts.texts, delay=2)])
+    config = LearningConfig()
+    vectors = get_encoder(config.encoder).encode(prompts.texts)
+    features = np.array([features_of(vector, config.dimensions) for vector in vectors])
     categories = prompts.categories or [""] * len(prompts)
     best = category_table_choice(scores, categories, categories)
     return World(whole.models, features, scores, predicted, scores[np.arange(len(scores)), best])

