@@ -35,9 +35,7 @@ class Learning:
         experiments: By name.
     """
 
-    def __init__(
-        self, learners: dict[str, Learner], experiments: Mapping[str, Experiment]
-    ) -> None:
+    def __init__(self, learners: dict[str, Learner], experiments: Mapping[str, Experiment]) -> None:
         self.learners = learners
         self.experiments = experiments
         self.lessons = Lessons()

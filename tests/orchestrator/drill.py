@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hedge": {"wait_s": 0.03, "max_extra_share": 1.0},
     "fusion": {"progress_s": 0.05},
     "chain": {"depth": 3, "progress_s": 0.05},
+    "best_of": {"judge": "ann"},
 }
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experts.types import collect
+from experts.types import ChatRequest, collect
 from orchestrator.decision import RequestContext
 from orchestrator.options import RoutingOptions
 from tests.orchestrator.support import (
@@ -73,7 +73,9 @@ async def test_the_judge_sees_both_answers_and_no_names_of_routes():
     orchestrator = shadowed({"medium": {"answer": "0"}})
     await asked(orchestrator, "what is it?")
     await settled(orchestrator, 1)
-    prompt = expert(orchestrator, "medium").requests[0].messages[0].text
+    request = expert(orchestrator, "medium").requests[0]
+    assert isinstance(request, ChatRequest)
+    prompt = request.messages[0].text
     for part in ("what is it?", "large says hello to you", "small says hello to you"):
         assert part in prompt
     assert "auto" not in prompt
