@@ -13,6 +13,7 @@ probabilities do.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -271,6 +272,8 @@ def verdict(lines: dict[str, Any]) -> str:
     own = lines["cascade routing"]
     better = max(("routing", "plain cascade"), key=lambda name: lines[name]["score"]["mean"])
     gap = own[f"less {better}, at equal cost"]
+    if better == "routing" and gap["low"] == gap["high"] == 0:
+        return "the same"
     if gap["low"] > 0:
         return "better"
     if gap["high"] < 0:
@@ -292,7 +295,9 @@ def markdown(command: str, results: dict[str, Any], split: str) -> str:
         + ", ".join(f"{share:.0%}" for share in BUDGETS.values())
         + " of the way from the cheapest model to the best single one. Less routing, less plain: "
         "cascade routing's mean score less the other's, where costs that differ are valued at "
-        "routing's price. The verdict is against the better of the two.",
+        "routing's price. The verdict is against the better of the two; `the same` means that "
+        "tuning left it at routing. The best single model with as much spent on further samples "
+        "is missing: tables have one answer per cell.",
     ]
     for name, found in results.items():
         kind = TABLES[name]
@@ -325,8 +330,19 @@ def markdown(command: str, results: dict[str, Any], split: str) -> str:
                     f"{' | '.join(shown)} | {gap(own, 'routing')} | "
                     f"{gap(own, 'plain cascade')} | {verdict(rows)} |"
                 )
+        lines += ["", counted(found)]
         lines += latency_lines(found) + stand_in_lines(found)
     return "\n".join(lines) + "\n"
+
+
+def counted(found: dict[str, Any]) -> str:
+    """How often each verdict was given."""
+    said = Counter(
+        verdict(one["lines"]) for judge in found["judges"].values()
+        for one in judge["budgets"].values()
+    )  # fmt: skip
+    listed = ", ".join(f"{words} {count}" for words, count in said.most_common())
+    return f"Verdicts, of {said.total()}: {listed}."
 
 
 def gap(own: dict[str, Any], other: str) -> str:
