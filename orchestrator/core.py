@@ -94,6 +94,8 @@ class Orchestrator:
         config: The config all names come from.
         experts: One Expert per card of the config; may be empty if only decisions are wanted.
         routers: One Router per router of the config.
+        memory: What outlives requests, closed with this; none keeps it here, whatever the config
+            says, which is enough for decisions.
 
     Raises:
         ConfigError: A route's experts are unknown to its router.

@@ -27,5 +27,10 @@ def open_memory(config: MemoryConfig) -> Memory:
 
 def _open(config: MemoryConfig) -> Store:
     if isinstance(config, RedisMemoryConfig):
-        return RedisStore(redis_url(config), prefix=config.prefix, max_records=config.max_records)
+        return RedisStore(
+            redis_url(config),
+            prefix=config.prefix,
+            max_records=config.max_records,
+            timeout_s=config.timeout_s,
+        )
     return SQLiteStore(config.path, max_records=config.max_records)

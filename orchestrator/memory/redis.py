@@ -8,10 +8,6 @@ from orchestrator.memory.base import StoreError
 
 __all__ = ["RedisStore"]
 
-# Answers must not wait for a store that is not well. A whole operation takes up to two of these,
-# one for a new connection.
-SOCKET_TIMEOUT_S = 0.25
-
 CONNECTIONS = 32
 
 _ADD = """
@@ -52,12 +48,20 @@ class RedisStore:
         url: ``redis://``, ``rediss://`` or ``unix://`` address, with user and password if need be.
         prefix: What all keys start with.
         max_records: Records that each log keeps.
+        timeout_s: Seconds that connecting may take, and each answer.
 
     Raises:
         StoreError: The address cannot be understood, or the package redis is missing.
     """
 
-    def __init__(self, url: str, *, prefix: str = "collegium:", max_records: int = 100_000) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "collegium:",
+        max_records: int = 20_000,
+        timeout_s: float = 1.0,
+    ) -> None:
         try:
             from redis.asyncio import BlockingConnectionPool, Redis
             from redis.asyncio.retry import Retry
@@ -69,9 +73,9 @@ class RedisStore:
             pool = BlockingConnectionPool.from_url(
                 url,
                 max_connections=CONNECTIONS,
-                timeout=SOCKET_TIMEOUT_S,
-                socket_timeout=SOCKET_TIMEOUT_S,
-                socket_connect_timeout=SOCKET_TIMEOUT_S,
+                timeout=timeout_s,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
                 # Whoever adds twice after a lost answer has counted twice.
                 retry=Retry(NoBackoff(), 0),
             )
@@ -156,7 +160,7 @@ class RedisStore:
         return self._prefix + kind + _bytes(key)
 
     def _log(self, log: str) -> list[bytes]:
-        # Braces put the three on the same node of a cluster, as scripts need it.
+        # Behind a proxy, braces put the three on the same server, as scripts need it.
         name = self._prefix + b"log:{" + _bytes(log) + b"}:"
         return [name + part for part in (b"records", b"order", b"last")]
 

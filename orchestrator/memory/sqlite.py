@@ -19,6 +19,9 @@ Result = TypeVar("Result")
 # How long another process' write may keep ours waiting.
 BUSY_S = 1.0
 
+# How long replicas that start at the same time may keep each other from opening a new file.
+OPEN_S = 10.0
+
 # Expired rows are not seen, so it does not matter much when they go.
 PURGE_EVERY_S = 30.0
 
@@ -77,7 +80,7 @@ class SQLiteStore:
         StoreError: The file cannot be opened, or is no database.
     """
 
-    def __init__(self, path: str | None = None, *, max_records: int = 100_000) -> None:
+    def __init__(self, path: str | None = None, *, max_records: int = 20_000) -> None:
         self._max_records = max_records
         self._closed = False
         self._purged = time.monotonic()
@@ -87,7 +90,7 @@ class SQLiteStore:
             )
             if path:
                 # Readers do not wait for the writer, and a crash of ours loses nothing.
-                self._database.execute("PRAGMA journal_mode = WAL")
+                _switch_to_wal(self._database)
                 self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.executescript(_SCHEMA)
         except sqlite3.Error as error:
@@ -185,6 +188,19 @@ class SQLiteStore:
             self._purged = time.monotonic()
             self._database.execute("DELETE FROM entries WHERE expires <= ?", (time.time(),))
         return work()
+
+
+def _switch_to_wal(database: sqlite3.Connection) -> None:
+    # Of several that switch a new file at once all but one may fail, without having waited.
+    deadline = time.monotonic() + OPEN_S
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _bytes(key: str | bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +48,7 @@ CONFIG = {
         "two": {"router": "fixed", "experts": ["general", "maths"]},
         "fallback": {"router": "fixed"},
     },
+    "memory": {"type": "sqlite", "path": "memory.db"},
 }
 
 
@@ -75,6 +77,23 @@ def test_openai_client_gets_a_routed_answer(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == f"{answer.model} says: What is 13 + 29?"
     assert raw.headers["x-collegium-model"] == answer.model
     assert raw.headers["x-collegium-category"]
+
+
+def test_decisions_and_feedback_are_remembered(service: Service) -> None:
+    with service.client() as http:
+        answer = http.post("/v1/chat/completions", json=_chat("hello", model="fallback"))
+        id = answer.headers["x-collegium-decision-id"]
+        record = http.get(f"/v1/decisions/{id}").json()
+        assert [call["expert"] for call in record["path"]] == ["broken", "general"]
+        feedback = http.post("/v1/feedback", json={"decision_id": id, "rating": 0.5})
+        assert feedback.json()["rating"] == 0.5
+        assert "collegium_memory_errors_total{" not in http.get("/metrics").text
+    with sqlite3.connect(service.log.parent / "memory.db") as database:
+        # The ingress may still be busy with the last one.
+        deadline = time.monotonic() + 5
+        while id.encode() not in {row[0] for row in database.execute("SELECT id FROM records")}:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_openai_client_streams_with_usage(client: openai.OpenAI) -> None:

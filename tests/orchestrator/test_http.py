@@ -513,6 +513,7 @@ async def test_metrics_have_exactly_these_names():
     names = set(re.findall(r"^# HELP (\S+)", page, re.MULTILINE))
     assert {name for name in names if not name.endswith("_created")} == {
         "collegium_requests_total",
+        "collegium_memory_errors_total",
         "collegium_expert_calls_total",
         "collegium_cost_usd_total",
         "collegium_tokens_total",
@@ -521,7 +522,6 @@ async def test_metrics_have_exactly_these_names():
         "collegium_first_chunk_seconds",
         "collegium_router_seconds",
         "collegium_cache_lookups_total",
-        "collegium_memory_errors_total",
     }
 
 

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator.config import ConfigError, load_config, parse_config
 from orchestrator.memory.base import StoreError
 from orchestrator.memory.checks import OpenStore, StoreCheck, shared_store_checks, store_checks
+from orchestrator.memory.config import RedisMemoryConfig, SQLiteMemoryConfig
+from orchestrator.memory.opening import open_memory
 from orchestrator.memory.redis import RedisStore
 from orchestrator.memory.sqlite import SQLiteStore
+from tests.orchestrator.support import config_content
 from tests.redis_server import RedisServer, running_redis
 
 
@@ -26,7 +33,7 @@ def open_store(request, tmp_path: Path) -> OpenStore:
     if request.param == "file":
         return lambda **options: SQLiteStore(str(tmp_path / "memory.db"), **options)
     url, prefix = request.getfixturevalue("redis").url, uuid.uuid4().hex
-    return lambda **options: RedisStore(url, prefix=prefix, **options)
+    return lambda **options: RedisStore(url, prefix=prefix, timeout_s=10, **options)
 
 
 @pytest.mark.parametrize("check", store_checks(), ids=lambda check: check.__name__)
@@ -62,6 +69,15 @@ async def test_sqlite_forgets_what_has_expired(tmp_path: Path, monkeypatch):
     await store.aclose()
 
 
+def test_sqlite_waits_for_another_replica_that_makes_the_file(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("orchestrator.memory.sqlite.BUSY_S", 0.0)
+    path = str(tmp_path / "memory.db")
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.2, other.close).start()
+    asyncio.run(SQLiteStore(path).aclose())
+
+
 async def test_redis_says_what_is_wrong_with_its_address():
     with pytest.raises(StoreError, match="must specify one of the following schemes"):
         RedisStore("http://127.0.0.1")
@@ -84,3 +100,47 @@ async def test_redis_works_again_after_a_restart(tmp_path: Path):
         assert await store.add("sum", 1) == 1
         assert await store.append("log", "id", b"")
         await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("memory", "problem"),
+    [
+        ({"type": "redis"}, "give either url_env or url"),
+        ({"type": "redis", "url": "redis://a", "url_env": "A"}, "give either url_env or url"),
+        ({"type": "redis", "url": "redis://:secret@a"}, "memory.redis.url: holds a password"),
+        ({"type": "redis", "url": "redis://a?password=b"}, "holds a password"),
+        ({"type": "sqlite", "url": "redis://a"}, "memory.sqlite.url: Extra inputs"),
+        ({"path": "a.db"}, "discriminator 'type'"),
+        ({"type": "sqlite", "max_records": 0}, "memory.sqlite.max_records"),
+        ({"type": "sqlite", "timeout_s": 0}, "memory.sqlite.timeout_s"),
+    ],
+)
+def test_config_says_what_is_wrong(memory, problem):
+    with pytest.raises(ConfigError, match=problem):
+        parse_config(config_content(memory=memory))
+
+
+def test_the_file_lies_beside_the_config(tmp_path: Path):
+    text = "{experts: [{name: a, engine: scripted}], memory: {type: sqlite, path: memory.db}}"
+    (tmp_path / "config.yaml").write_text(text)
+    memory = load_config(tmp_path / "config.yaml").memory
+    assert isinstance(memory, SQLiteMemoryConfig)
+    assert memory.path == str(tmp_path / "memory.db")
+
+
+async def test_the_address_comes_from_the_environment(redis, monkeypatch):
+    config = RedisMemoryConfig(type="redis", url_env="REDIS_ADDRESS", prefix=uuid.uuid4().hex)
+    with pytest.raises(ConfigError, match=r"memory\.url_env names REDIS_ADDRESS"):
+        open_memory(config)
+    monkeypatch.setenv("REDIS_ADDRESS", "nonsense")
+    with pytest.raises(ConfigError, match="the address of Redis cannot be used"):
+        open_memory(config)
+    monkeypatch.setenv("REDIS_ADDRESS", redis.url)
+    memory = open_memory(config)
+    assert await memory.store.add("sum", 1) == 1
+    await memory.aclose()
+
+
+def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"memory: the database .*memory\.db cannot be used"):
+        open_memory(SQLiteMemoryConfig(path=str(tmp_path / "folder" / "memory.db")))
