@@ -221,7 +221,7 @@ async def test_a_single_answer_below_the_bar_is_mended():
 
 
 async def test_a_retry_keeps_the_requests_own_fields():
-    fields = {"max_tokens": 7, "response_format": {"type": "json_object"}}
+    fields = {"max_tokens": 7, "presence_penalty": 0.5, "stop": ["never"]}
     run = StrategyRun(best_of(experts=1, bar=0.9), [repairing("a", "b", "c")],
                       helpers=[grades(b=2)], fields=fields)  # fmt: skip
     assert (await run.answer()).text == "b"
