@@ -60,7 +60,7 @@ def run(
 def naive_z(a: Arm, b: Arm) -> float:
     """Standard errors between two means, as if one looked once."""
     variance = a.squares / a.n**2 + b.squares / b.n**2
-    return abs(b.total / b.n - a.total / a.n) / max(variance, 1e-12) ** 0.5
+    return float(abs(b.total / b.n - a.total / a.n) / max(variance, 1e-12) ** 0.5)
 
 
 def main() -> None:

@@ -520,6 +520,7 @@ async def test_metrics_have_exactly_these_names():
         "collegium_request_seconds",
         "collegium_first_chunk_seconds",
         "collegium_router_seconds",
+        "collegium_shadow_total",
     }
 
 

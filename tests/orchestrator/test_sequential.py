@@ -70,6 +70,7 @@ def test_the_interval_covers_the_difference_and_mirrors_when_arms_swap():
     a, b = arm(rng.random(400) < 0.5), arm(rng.random(200) < 0.6)
     there, back = compare(a, b), compare(b, a)
     assert there.low < 0.1 < there.high
+    assert there.difference is not None
     assert there.low < there.difference < there.high
     np.testing.assert_allclose([there.low, there.high], [-back.high, -back.low], atol=1e-6)
 
