@@ -522,6 +522,7 @@ async def test_metrics_have_exactly_these_names():
         "collegium_first_chunk_seconds",
         "collegium_router_seconds",
         "collegium_cache_lookups_total",
+        "collegium_shadow_total",
     }
 
 

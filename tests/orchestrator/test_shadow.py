@@ -8,6 +8,7 @@ import time
 import pytest
 
 from experts.types import ChatRequest, collect
+from orchestrator.config import parse_config
 from orchestrator.decision import RequestContext
 from orchestrator.options import RoutingOptions
 from tests.orchestrator.support import (
@@ -16,7 +17,7 @@ from tests.orchestrator.support import (
     chat_body,
     chat_request,
     client,
-    config_with_rules,
+    config_content,
     eventually,
     expert,
     metric,
@@ -34,7 +35,11 @@ def shadowed(rules=None, **shadow):
             "policy": {"cost_quality": 0},
         },
     }
-    return build(config_with_rules(rules or {}, routes=routes))
+    content = config_content(routes=routes)
+    for entry in content["experts"]:
+        given = (rules or {}).get(entry["name"], entry["rules"])
+        entry["rules"] = given if isinstance(given, list) else [given]
+    return build(parse_config(content))
 
 
 async def asked(orchestrator, text="hello", *, options=None, **fields):
@@ -73,7 +78,7 @@ async def test_the_judge_sees_both_answers_and_no_names_of_routes():
     orchestrator = shadowed({"medium": {"answer": "0"}})
     await asked(orchestrator, "what is it?")
     await settled(orchestrator, 1)
-    request = expert(orchestrator, "medium").requests[0]
+    (request,) = expert(orchestrator, "medium").requests
     assert isinstance(request, ChatRequest)
     prompt = request.messages[0].text
     for part in ("what is it?", "large says hello to you", "small says hello to you"):
@@ -83,13 +88,9 @@ async def test_the_judge_sees_both_answers_and_no_names_of_routes():
 
 
 async def test_the_better_route_is_found():
-    orchestrator = shadowed(max_in_flight=200)
-
-    async def judged(judge, request, decision_id, given, copied, context):
-        return "better"
-
-    # The judge's word is scripted text, which cannot depend on the order it is shown.
-    orchestrator.shadows._judged = judged
+    sees_small_first = {"match": r"<answer-1>\nsmall", "answer": "1"}
+    judge = [sees_small_first, {"answer": "Rather 2."}]
+    orchestrator = shadowed({"medium": judge}, max_in_flight=200)
     for number in range(60):
         await asked(orchestrator, f"question {number}")
     await settled(orchestrator, 60)
