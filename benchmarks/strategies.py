@@ -1,13 +1,13 @@
 """Strategies on the embedded experts, live: quality, calls, tokens and time of each.
 
-    python -m benchmarks.strategies --out docs/results/strategies [--n 30] [--n-judged 4]
+    python -m benchmarks.strategies --out docs/results/strategies [--n 30] [--n-readers 4]
 
 Test prompts of the shipped tasks are asked of every strategy, each on a route of its own with the
-embedded router, through the transformers engine; fewer of those with a judge, which read ten times
-as much. Beside them stand the best single expert by its training scores with as many samples as the
-votes have, and from the shipped outcome table, which was made by the same engine: every expert
-alone, random choice, and the oracle. Requests of all strategies are under way together, so times
-are those under that load, alike for all. Answers are journalled: a run that was interrupted, or
+embedded router, through the transformers engine; fewer of those whose experts read answers of
+others, up to ten times as many tokens. Beside them stand the best single expert by its training
+scores with as many samples as the votes have, and from the shipped outcome table, which was made by
+the same engine: every expert alone, random choice, and the oracle. Requests of all strategies are
+under way together, so times are those under that load, alike for all. Answers are journalled: a run that was interrupted, or
 whose minutes were over, goes on when it is started again, and a strategy that was added is asked
 alone. A line is about the prompts that it and ``single`` have answered.
 """
@@ -66,6 +66,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "best of 3 experts, pairs": {**BEST_OF, "experts": 3, "ranking": "pairwise"},
     "best of 3 samples": {**BEST_OF, "experts": 1, "samples": SAMPLES},
     "best of 1, retry": {**BEST_OF, "experts": 1, "bar": 0.8},
+    "fusion of 3 experts": {"type": "fusion", "experts": 3},
+    "fusion of 3 experts, with notes": {"type": "fusion", "experts": 3, "method": "multi_expert"},
+    "chain of 2": {"type": "chain", "depth": 2},
 }
 """Every strategy that is measured, by the name on the page."""
 REFERENCE = "single"
@@ -138,13 +141,13 @@ class Entry:
         name: Its name on the page.
         route: Its route.
         key: Name and settings, under which its answers are journalled.
-        judged: Whether it asks a judge.
+        reads: Whether its experts read answers of others.
     """
 
     name: str
     route: str
     key: str
-    judged: bool
+    reads: bool
 
 
 def plan(names: Iterable[str], best: str) -> tuple[CollegiumConfig, list[Entry]]:
@@ -164,8 +167,8 @@ def plan(names: Iterable[str], best: str) -> tuple[CollegiumConfig, list[Entry]]
         # Names on the page are no names of routes.
         content["routes"][f"route-{number}"] = {"router": "blend", **route}
         digest = hashlib.sha256(json.dumps(route, sort_keys=True).encode()).hexdigest()[:12]
-        judged = "judge" in route["strategy"]
-        entries.append(Entry(name, f"route-{number}", f"{name} {digest}", judged))
+        reads = "judge" in route["strategy"] or route["strategy"]["type"] in ("fusion", "chain")
+        entries.append(Entry(name, f"route-{number}", f"{name} {digest}", reads))
     return parse_config(content), entries
 
 
@@ -334,7 +337,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     parser.add_argument("--n", type=int, default=30, help="prompts per task")
-    parser.add_argument("--n-judged", type=int, default=4, help="of them for those with a judge")
+    parser.add_argument(
+        "--n-readers", type=int, default=4, help="of them for those who read answers"
+    )
     parser.add_argument("--tasks", nargs="+", choices=task_names(), default=task_names())
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=STRATEGIES)
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
@@ -348,8 +353,8 @@ def main() -> None:
     config, entries = plan(dict.fromkeys([REFERENCE, *arguments.strategies]), best)
     tasks = [get_task(name) for name in arguments.tasks]
     asked = questions(tasks, arguments.n)
-    judged = questions(tasks, min(arguments.n, arguments.n_judged))
-    jobs = [(e, *q) for q in asked for e in entries if not e.judged or q in judged]
+    read = questions(tasks, min(arguments.n, arguments.n_readers))
+    jobs = [(e, *q) for q in asked for e in entries if not e.reads or q in read]
     arguments.journal.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(arguments.journal)
     asyncio.run(ask_all(config, jobs, journal, arguments.concurrency, arguments.minutes))

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.http.errors import ERRORS, INTERNAL
 from tests.orchestrator.drill import NAMES, STRATEGIES, active, orchestrator_of
-from tests.orchestrator.support import CHAT, chat_body, client, metric
+from tests.orchestrator.support import CHAT, chat_body, client, eventually, metric
 
 DEADLINE_S = 0.3
 REQUESTS = 45
@@ -114,6 +114,7 @@ async def test_every_request_ends_in_a_right_answer_or_one_error(strategy: str, 
     )
     http, places = client(orchestrator), asyncio.Semaphore(AT_ONCE)
     outcomes: Counter[str] = Counter()
+    decided: list[str] = []
 
     async def ask(form: str) -> None:
         async with places:
@@ -123,9 +124,13 @@ async def test_every_request_ends_in_a_right_answer_or_one_error(strategy: str, 
         assert took_s < DEADLINE_S + 1
         check = check_stream if stream else check_plain
         outcomes[check(form, response)] += 1
+        decided.append(response.headers["x-collegium-decision-id"])
 
     await asyncio.gather(*(ask(form) for form in [*FORMS] * (REQUESTS // len(FORMS))))
     assert active(orchestrator) == 0
     assert metric((await http.get("/metrics")).text, "collegium_in_flight_requests") == 0
     assert sum(outcomes.values()) == REQUESTS
     assert outcomes["right"] > REQUESTS / 3
+    await eventually(lambda: orchestrator.memory.idle)
+    logged = await orchestrator.memory.store.scan("decisions", limit=REQUESTS + 1)
+    assert sorted(id for id, _ in logged) == sorted(decided), "one row for each"
