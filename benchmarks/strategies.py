@@ -7,9 +7,9 @@ embedded router, through the transformers engine; fewer of those whose experts r
 others, up to ten times as many tokens. Beside them stand the best single expert by its training
 scores with as many samples as the votes have, and from the shipped outcome table, which was made by
 the same engine: every expert alone, random choice, and the oracle. Requests of all strategies are
-under way together, so times are those under that load, alike for all. Answers are journalled: a run that was interrupted, or
-whose minutes were over, goes on when it is started again, and a strategy that was added is asked
-alone. A line is about the prompts that it and ``single`` have answered.
+under way together, so times are those under that load, alike for all. Answers are journalled: a run
+that was interrupted, or whose minutes were over, goes on when it is started again, and a strategy
+that was added is asked alone. A line is about the prompts that it and ``single`` have answered.
 """
 
 from __future__ import annotations

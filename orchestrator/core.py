@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from experts.base import AnyRequest, Expert
@@ -18,10 +18,9 @@ from orchestrator.config import (
     ArtefactRouterConfig,
     CollegiumConfig,
     ConfigError,
-    RouteConfig,
     StaticRouterConfig,
 )
-from orchestrator.costs import ExpectedCosts, cost_unit
+from orchestrator.costs import ExpectedCosts
 from orchestrator.decision import (
     PUBLIC,
     Candidate,
@@ -42,10 +41,10 @@ from orchestrator.memory.feedback import Feedback, FeedbackLog
 from orchestrator.memory.guard import Memory
 from orchestrator.memory.sessions import Sessions
 from orchestrator.memory.sqlite import SQLiteStore
-from orchestrator.options import RoutingOptions, below_quality, not_allowed
-from orchestrator.policies import order_by_utility
+from orchestrator.options import RoutingOptions, not_allowed
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.release_watch import ReleaseWatch
+from orchestrator.routes import build_route, too_dear
 from orchestrator.strategies.calls import play
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
@@ -61,25 +60,11 @@ __all__ = ["Orchestrator", "load_routers"]
 # every query wait longer, and the event loop needs a core too.
 ROUTER_THREADS = 2
 
-# Experts that one request may have asked together.
-MAX_EXPERTS = 16
-
 # Candidates, best first, that a further decision for the same request may choose from.
 MAX_ALLOWED = 64
 
 # An expert that does not even say whether it is healthy is not.
 HEALTH_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Route:
-    config: RouteConfig
-    router: Router
-    experts: tuple[str, ...]
-    excluded: Mapping[str, str]
-    costs: ExpectedCosts
-    release: str | None
-    learner: Learner | None = None
 
 
 def load_routers(config: CollegiumConfig) -> dict[str, Router]:
@@ -132,7 +117,7 @@ class Orchestrator:
         self.experts = experts
         self._releases = ReleaseWatch(config, self._take_up)
         self.routes = {
-            name: _build_route(
+            name: build_route(
                 name,
                 route,
                 routers[route.router],
@@ -166,7 +151,7 @@ class Orchestrator:
     def _take_up(self, name: str, router: Router, release: str) -> None:
         """Use a router in the place of another; requests under way keep the one they began with."""
         changed = {
-            route_name: _build_route(route_name, route, router, self.cards, release)
+            route_name: build_route(route_name, route, router, self.cards, release)
             for route_name, route in self.config.routes.items()
             if route.router == name
         }
@@ -248,8 +233,15 @@ class Orchestrator:
         share = await self._share(
             request, options, context, route.costs.only([card.name for card in pool])
         )
-        decision = _decision(
-            name, request, route, pool, excluded, prediction, features, options, share, decision_id
+        decision = route.decide(
+            request,
+            pool,
+            prediction,
+            excluded=excluded,
+            options=options,
+            decision_id=decision_id,
+            features=features,
+            session=share,
         )
         if experiment is None:
             return decision
@@ -290,7 +282,7 @@ class Orchestrator:
         usd = self._named_costs[name].usd(
             [estimated_prompt_tokens(request)], token_limit=request.token_limit
         )
-        excluded |= _too_dear([name], usd, options)
+        excluded |= too_dear([name], usd, options)
         if excluded:
             raise EmptyPoolError(name, excluded)
         return Decision(experts=(name,), candidates=(Candidate(name, cost_usd=float(usd[0, 0])),))
@@ -447,121 +439,6 @@ async def _check_health(name: str, expert: Expert) -> None:
         raise ExpertUnavailableError(name, "no answer to the health check") from None
 
 
-def _build_route(
-    name: str,
-    route: RouteConfig,
-    router: Router,
-    cards: Mapping[str, ExpertCard],
-    release: str | None,
-) -> _Route:
-    experts = route.experts or tuple(card for card in cards if card in router.models)
-    wanted = dict.fromkeys((*experts, *route.policy.named_experts))
-    unknown = [expert for expert in wanted if expert not in router.models]
-    if unknown or not experts:
-        raise ConfigError(
-            f"route {name!r}: router {route.router!r} knows "
-            f"{', '.join(map(repr, router.models))}, but not "
-            f"{', '.join(map(repr, unknown or cards))}; train it on them, "
-            f"or list only known ones under the route's 'experts'"
-        )
-    measured = getattr(router, "measured", {})
-    try:
-        excluded = route.policy.excluded([cards[expert] for expert in experts], measured)
-    except ValueError as error:
-        raise ConfigError(f"route {name!r}: policy: {error}") from error
-    try:
-        # A broken router shows now, and what it loads on first use does not delay a request.
-        router.predict([Query("warm-up")], experts)
-    except RouterError as error:
-        raise ConfigError(f"route {name!r}: router {route.router!r}: {error}") from error
-    if not (allowed := tuple(expert for expert in experts if expert not in excluded)):
-        reasons = "; ".join(f"{expert}: {why}" for expert, why in excluded.items())
-        raise ConfigError(f"route {name!r}: its policy leaves no expert ({reasons})")
-    able = [cards[expert] for expert in allowed]
-    unit = cost_unit(route.policy.cost, able, measured)
-    costs = ExpectedCosts.of(able, measured, unit)
-    guessed = isinstance(router, StaticRouter)
-    learner = Learner(route.learning, allowed, guessed=guessed) if route.learning else None
-    return _Route(route, router, allowed, excluded, costs, release, learner)
-
-
-def _decision(
-    name: str,
-    request: AnyRequest,
-    route: _Route,
-    pool: Sequence[ExpertCard],
-    excluded: Mapping[str, str],
-    prediction: Prediction,
-    features: NDArray[np.float16] | None,
-    options: RoutingOptions,
-    session: SessionShare | None,
-    decision_id: str,
-) -> Decision:
-    if options.top_k is not None and options.top_k > MAX_EXPERTS:
-        raise BadRequestError(
-            f"top_k: how many experts shall answer, at most {MAX_EXPERTS}, got {options.top_k}; "
-            "as a sampling parameter it goes to an expert named as model only",
-            "top_k",
-        )
-    policy, names = route.config.policy, [card.name for card in pool]
-    knob = policy.cost_quality if options.cost_quality is None else options.cost_quality
-    quality: NDArray[np.floating] = prediction.quality
-    why = prediction.explanations[0]
-    expected = route.costs.only(names)
-    usd = expected.usd([estimated_prompt_tokens(request)], token_limit=request.token_limit)
-    hopes = quality
-    if route.learner is not None and features is not None:
-        learnt = route.learner.correct(decision_id, features, quality, names, usd)
-        quality, hopes = learnt.quality, learnt.quality + learnt.bonus
-        why = replace(why, detail={**why.detail, "learning": learnt.detail})
-    if session is not None:
-        usd[:, names.index(session.expert)] -= session.cached_usd
-    refused = below_quality(quality[0], names, options.min_quality or 0.0)
-    refused |= _too_dear(names, usd, options)
-    if refused:
-        # Those that are left are compared as if they were all there are.
-        kept = [j for j, expert in enumerate(names) if expert not in refused]
-        excluded = {**excluded, **refused}
-        if not kept:
-            raise EmptyPoolError(name, excluded)
-        names, usd = [names[j] for j in kept], usd[:, kept]
-        quality, hopes = quality[:, kept], hopes[:, kept]
-        expected = route.costs.only(names)
-    costs = expected.in_unit(usd)
-    qualities = quality[0].tolist()
-    if session is not None and session.expert in names:
-        others = [j for j, expert in enumerate(names) if expert != session.expert]
-        hopes = hopes.copy()
-        hopes[:, others] -= session.stickiness
-    utilities = policy.utilities(names, hopes, costs, cost_quality=knob)[0].tolist()
-    candidates = tuple(
-        Candidate(names[j], qualities[j], float(usd[0, j]), utilities[j])
-        for j in order_by_utility(utilities, costs[0].tolist())
-    )
-    if session is not None and session.tool_call:
-        # Only who called a tool has thought of what to do with its result. The order is stable.
-        candidates = tuple(sorted(candidates, key=lambda one: one.expert != session.expert))
-    width = options.top_k or policy.width([one.quality or 0.0 for one in candidates])
-    return Decision(
-        experts=tuple(candidate.expert for candidate in candidates),
-        width=min(width, len(candidates)),
-        route=name,
-        router=route.config.router,
-        router_release=route.release,
-        policy=policy.type,
-        strategy=route.config.strategy.type,
-        cost_quality=knob,
-        candidates=candidates,
-        excluded=excluded,
-        category=why.category,
-        confidence=why.confidence,
-        fallback=why.fallback,
-        detail=why.detail,
-        id=decision_id,
-        session=session,
-    )
-
-
 def _as_decided(decision: Decision) -> RoutingOptions:
     """Options that decide as before: what the request allowed is what it had to choose from."""
     return RoutingOptions(
@@ -569,16 +446,3 @@ def _as_decided(decision: Decision) -> RoutingOptions:
         cost_quality=decision.cost_quality,
         allowed_models=[one.expert for one in decision.candidates[:MAX_ALLOWED]] or None,
     )
-
-
-def _too_dear(
-    names: Sequence[str], usd: NDArray[np.float64], options: RoutingOptions
-) -> dict[str, str]:
-    """Experts that are expected to cost more than the request allows, each with the reason."""
-    if options.max_cost is None:
-        return {}
-    return {
-        name: f"an answer is expected to cost {cost:.3g} US dollars, more than max_cost"
-        for name, cost in zip(names, usd[0].tolist(), strict=True)
-        if cost > options.max_cost
-    }
