@@ -35,9 +35,10 @@ from orchestrator.learning.experiments import Experiment
 from orchestrator.learning.feedback import Learning
 from orchestrator.learning.learner import Learner, Lesson
 from orchestrator.learning.shadow import Shadows
+from orchestrator.learning.teaching import Teaching
 from orchestrator.memory.cache import CachedAnswer, ResponseCache
-from orchestrator.memory.decisions import DecisionLog, DecisionRecord
-from orchestrator.memory.feedback import Feedback, FeedbackLog
+from orchestrator.memory.decisions import DecisionLog
+from orchestrator.memory.feedback import FeedbackLog
 from orchestrator.memory.guard import Memory
 from orchestrator.memory.sessions import Sessions
 from orchestrator.memory.sqlite import SQLiteStore
@@ -133,12 +134,13 @@ class Orchestrator:
         self.memory = memory or Memory(SQLiteStore(max_records=config.memory.max_records))
         self.decisions = DecisionLog(self.memory)
         self.feedback = FeedbackLog(self.memory, self.decisions)
-        self.feedback.on_feedback.append(self._taught)
         self.experiments = {n: Experiment(n, c) for n, c in config.experiments.items()}
         self.learning = Learning(
             {name: route.learner for name, route in self.routes.items() if route.learner},
             self.experiments,
         )
+        self._teaching = Teaching(self.memory, self.learning)
+        self.feedback.on_feedback.append(self._teaching.told)
         self.shadows = Shadows(
             {name: route.shadow for name, route in config.routes.items() if route.shadow},
             self._answer_by,
@@ -190,6 +192,7 @@ class Orchestrator:
             field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
         self._releases.look()
+        self._teaching.look()
         options = options or RoutingOptions()
         if context is not None:
             context.session_id = options.session_id
@@ -354,12 +357,6 @@ class Orchestrator:
         if self._cache is not None and context.cache is not None:
             self._cache.keep(context.cache, CachedAnswer(expert, decision.route, completion))
 
-    async def _taught(self, decision: DecisionRecord, feedback: Feedback) -> None:
-        if feedback.rating is not None:
-            self.learn(feedback.decision_id, feedback.rating)
-        elif feedback.preferred_over is not None:
-            self.learn_preference(feedback.decision_id, feedback.preferred_over)
-
     async def _answer_by(
         self, request: AnyRequest, route: str, context: RequestContext
     ) -> Completion:
@@ -368,28 +365,6 @@ class Orchestrator:
         strategy = self.routes[route].config.strategy
         async with aclosing(strategy.run(request, decision, self.experts, context)) as chunks:
             return await collect(chunks)
-
-    def learn(self, decision_id: str, reward: float) -> bool:
-        """Learn how good an answer was.
-
-        Args:
-            decision_id: Of the decision it was given by.
-            reward: In [0, 1].
-
-        Returns:
-            Whether anything was learnt: not of decisions that are unknown here, long past, or
-            taught before, nor where the route does not learn.
-        """
-        return self.learning.learn(decision_id, reward)
-
-    def learn_preference(self, better_id: str, worse_id: str) -> bool:
-        """Learn that one answer was preferred to another; returns as ``learn`` does.
-
-        Args:
-            better_id: Of the decision whose answer was preferred.
-            worse_id: Of the other, by the same route.
-        """
-        return self.learning.learn_preference(better_id, worse_id)
 
     async def check_health(self) -> dict[str, BaseException | None]:
         """The state of every expert: none if it can answer, else what is wrong."""

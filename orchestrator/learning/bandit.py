@@ -6,15 +6,10 @@ It knows experts by name and queries by their features; nothing of requests, rou
 from __future__ import annotations
 
 import functools
-import io
-import json
 import random
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from routers.base import RouterError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,36 +74,6 @@ class Adjustment:
     uncertainty: NDArray[np.float64]
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over observations; those of several replicas add up.
-
-    Attributes:
-        ticks: How many observations there were, of all experts.
-        grams: Sums of outer products of features, shape (n_experts, n_features, n_features).
-        moments: Sums of features times rewards less predictions, shape (n_experts, n_features).
-    """
-
-    ticks: float
-    grams: NDArray[np.float64]
-    moments: NDArray[np.float64]
-
-    @classmethod
-    def zero(cls, n_experts: int, n_features: int) -> _Sums:
-        import numpy as np
-
-        return cls(
-            0.0,
-            np.zeros((n_experts, n_features, n_features)),
-            np.zeros((n_experts, n_features)),
-        )
-
-    def scale(self, factor: float) -> None:
-        """Let all observations count so much of what they did."""
-        self.grams *= factor
-        self.moments *= factor
-
-
 class LinUCB:
     """Ridge regression per expert from a query's features to reward less predicted quality.
 
@@ -126,6 +91,9 @@ class LinUCB:
         forgetting: What an observation counts one observation later, in (0, 1]; 1 never forgets.
         penalty: How many observations the prediction counts for.
 
+    Attributes:
+        observations: How many it has learnt from, weights added up, before anything was forgotten.
+
     References:
         Li et al., "A Contextual-Bandit Approach to Personalized News Article Recommendation"
         (arXiv:1003.0146), disjoint LinUCB. Russac et al., "Weighted Linear Bandits for
@@ -142,21 +110,20 @@ class LinUCB:
         forgetting: float,
         penalty: float,
     ) -> None:
+        import numpy as np
+
         self.experts = list(experts)
         self.n_features = n_features
         self.forgetting = forgetting
         self.penalty = penalty
         self._positions = {name: place for place, name in enumerate(self.experts)}
-        self._sums = _Sums.zero(len(self.experts), n_features)
-        self._changes = _Sums.zero(len(self.experts), n_features)
+        self.observations = 0.0
+        # Sums of outer products of features, and of features times rewards less predictions.
+        self._grams = np.zeros((len(self.experts), n_features, n_features))
+        self._moments = np.zeros((len(self.experts), n_features))
         # Sums are kept divided by this, so that forgetting costs one multiplication.
         self._fading = 1.0
         self._factorise()
-
-    @property
-    def observations(self) -> float:
-        """How many it has learnt from, weights added up, before anything was forgotten."""
-        return self._sums.ticks
 
     def adjust(
         self,
@@ -212,10 +179,9 @@ class LinUCB:
             raise ValueError(f"cannot learn from reward {reward}, prior {prior}, weight {weight}")
         self._fading *= self.forgetting**weight
         share = weight / self._fading
-        for sums in (self._sums, self._changes):
-            sums.ticks += weight
-            sums.grams[place] += share * np.outer(inputs, inputs)
-            sums.moments[place] += share * (reward - prior) * inputs
+        self.observations += weight
+        self._grams[place] += share * np.outer(inputs, inputs)
+        self._moments[place] += share * (reward - prior) * inputs
         self._updates += 1
         if self._fading < LEAST_FADING or self._updates >= MAX_UPDATES:
             self._factorise()
@@ -223,95 +189,14 @@ class LinUCB:
         inverse = self._inverses[place]
         towards = inverse @ inputs
         inverse -= np.outer(towards, towards) * (share / (1.0 + share * (inputs @ towards)))
-        self._weights[place] = inverse @ self._sums.moments[place]
+        self._weights[place] = inverse @ self._moments[place]
 
     def _factorise(self) -> None:
         """Compute exactly what updates keep up to date."""
         import numpy as np
 
-        for sums in (self._sums, self._changes):
-            sums.scale(self._fading)
+        self._grams *= self._fading
+        self._moments *= self._fading
         self._fading, self._updates = 1.0, 0
-        self._inverses = np.linalg.inv(self._sums.grams + self.penalty * np.eye(self.n_features))
-        self._weights = np.einsum("eij,ej->ei", self._inverses, self._sums.moments)
-
-    def state(self) -> bytes:
-        """All that was learnt, to go on from with ``load``."""
-        return self._packed(self._sums)
-
-    def changes(self) -> bytes | None:
-        """What was learnt here since the last call, for other replicas to ``merge``.
-
-        None if nothing was.
-        """
-        if not self._changes.ticks:
-            return None
-        packed = self._packed(self._changes)
-        self._changes = _Sums.zero(len(self.experts), self.n_features)
-        return packed
-
-    def load(self, state: bytes) -> None:
-        """Go on from a state, forgetting what was learnt here.
-
-        Raises:
-            RouterError: It is damaged, or of other experts or features.
-        """
-        self._sums = self._unpacked(state)
-        self._fading = 1.0
-        self._changes = _Sums.zero(len(self.experts), self.n_features)
-        self._factorise()
-
-    def merge(self, changes: bytes) -> None:
-        """Learn what another replica learnt, as if it had happened here just now.
-
-        Sums add up, so replicas that merge each other's changes know the same. Only in which order
-        concurrent observations are forgotten may differ, by the number of them in flight.
-
-        Raises:
-            RouterError: They are damaged, or of other experts or features.
-        """
-        found = self._unpacked(changes)
-        self._fading *= self.forgetting**found.ticks
-        # Own changes are older now: they fade with everything else.
-        self._factorise()
-        self._sums.ticks += found.ticks
-        self._sums.grams += found.grams
-        self._sums.moments += found.moments
-        self._factorise()
-
-    def _packed(self, sums: _Sums) -> bytes:
-        import numpy as np
-
-        out = io.BytesIO()
-        about = json.dumps({"experts": self.experts, "ticks": sums.ticks})
-        np.savez(
-            out,
-            about=np.frombuffer(about.encode(), np.uint8),
-            grams=sums.grams * self._fading,
-            moments=sums.moments * self._fading,
-        )
-        return out.getvalue()
-
-    def _unpacked(self, packed: bytes) -> _Sums:
-        import numpy as np
-
-        try:
-            with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
-                about = json.loads(arrays["about"].tobytes())
-                grams, moments = arrays["grams"], arrays["moments"]
-            experts, ticks = about["experts"], float(about["ticks"])
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise RouterError(f"the bandit's state cannot be read: {error}") from error
-        n_experts, n_features = len(self.experts), self.n_features
-        shapes = (grams.shape, moments.shape)
-        if experts != self.experts or shapes != (
-            (n_experts, n_features, n_features),
-            (n_experts, n_features),
-        ):
-            raise RouterError(
-                "the bandit's state is of other experts or dimensions than the route's; delete it "
-                "to start anew"
-            )
-        if not (np.isfinite(grams).all() and np.isfinite(moments).all() and 0 <= ticks < np.inf):
-            raise RouterError("the bandit's state is not finite; delete it to start anew")
-        return _Sums(ticks, grams.astype(np.float64), moments.astype(np.float64))
+        self._inverses = np.linalg.inv(self._grams + self.penalty * np.eye(self.n_features))
+        self._weights = np.einsum("eij,ej->ei", self._inverses, self._moments)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 
 from experts.base import AnyRequest
@@ -14,7 +14,7 @@ from experts.errors import ContextLengthError, InvalidRequestError, UnsupportedF
 from experts.types import Chunk
 from orchestrator.decision import PUBLIC, Decision, RequestContext
 from orchestrator.learning.experiments import Experiment
-from orchestrator.learning.learner import Learner, Lessons, preferred
+from orchestrator.learning.learner import Learner, Lesson, Lessons, preferred
 
 __all__ = ["Learning"]
 
@@ -33,13 +33,22 @@ class Learning:
     Args:
         learners: Of the routes that learn, by name.
         experiments: By name.
+
+    Attributes:
+        on_lesson: Is called with a decision's id and what can be learnt from its answer.
     """
 
     def __init__(self, learners: dict[str, Learner], experiments: Mapping[str, Experiment]) -> None:
+        self.on_lesson: Callable[[str, Lesson], None] = lambda decision_id, lesson: None
         self.learners = learners
         self.experiments = experiments
         self.lessons = Lessons()
         self._answered: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+
+    @property
+    def learns(self) -> bool:
+        """Whether anybody does."""
+        return bool(self.learners or self.experiments)
 
     def learn(self, decision_id: str, reward: float) -> bool:
         """Learn how good an answer was; whether anything was learnt.
@@ -109,6 +118,7 @@ class Learning:
             experiment.requests[lesson.arm] += 1
         lesson.expert = context.expert
         self.lessons.add(decision.id, lesson)
+        self.on_lesson(decision.id, lesson)
 
     def _notice_retry(
         self, request: AnyRequest, decision: Decision, context: RequestContext

@@ -21,6 +21,7 @@ from experts.types import ChatRequest, CompletionRequest
 from orchestrator.config import CollegiumConfig, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.http.app import create_app
+from orchestrator.memory.guard import Memory
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -58,14 +59,14 @@ def config_with_rules(rules: Mapping[str, Any], **changes: Any) -> CollegiumConf
     return parse_config(content)
 
 
-def build(config: CollegiumConfig) -> Orchestrator:
+def build(config: CollegiumConfig, memory: Memory | None = None) -> Orchestrator:
     """An orchestrator over scripted experts."""
     experts = {
         entry.name: ScriptedExpert(entry)
         for entry in config.experts
         if isinstance(entry, ScriptedExpertConfig)
     }
-    return Orchestrator(config, experts, load_routers(config))
+    return Orchestrator(config, experts, load_routers(config), memory)
 
 
 def expert(orchestrator: Orchestrator, name: str) -> ScriptedExpert:

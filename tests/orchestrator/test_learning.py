@@ -71,7 +71,7 @@ async def test_bad_ratings_move_requests_to_another_expert():
     orchestrator = build(learning_config())
     for _ in range(10):
         decision = await answered(orchestrator)
-        orchestrator.learn(decision.id, 0.0 if decision.experts[0] == "large" else 1.0)
+        orchestrator.learning.learn(decision.id, 0.0 if decision.experts[0] == "large" else 1.0)
     decision = await orchestrator.decide(chat_request())
     assert decision.experts[0] == "medium"
     assert quality(decision)["large"] < 0.7
@@ -82,13 +82,13 @@ async def test_bad_ratings_move_requests_to_another_expert():
 async def test_a_decision_teaches_once_and_only_if_it_is_known():
     orchestrator = build(learning_config())
     decision = await answered(orchestrator)
-    assert orchestrator.learn(decision.id, 0.0)
-    assert not orchestrator.learn(decision.id, 0.0)
-    assert not orchestrator.learn("dec_unknown", 0.0)
+    assert orchestrator.learning.learn(decision.id, 0.0)
+    assert not orchestrator.learning.learn(decision.id, 0.0)
+    assert not orchestrator.learning.learn("dec_unknown", 0.0)
     # Nobody answered these.
-    assert not orchestrator.learn((await orchestrator.decide(chat_request())).id, 0.0)
-    assert not orchestrator.learn((await answered(orchestrator, model="auto-off")).id, 0.0)
-    assert not orchestrator.learn((await answered(orchestrator, model="large")).id, 0.0)
+    assert not orchestrator.learning.learn((await orchestrator.decide(chat_request())).id, 0.0)
+    assert not orchestrator.learning.learn((await answered(orchestrator, model="auto-off")).id, 0.0)
+    assert not orchestrator.learning.learn((await answered(orchestrator, model="large")).id, 0.0)
 
 
 @pytest.mark.parametrize("reward", [-0.1, 1.1, float("nan")])
@@ -96,15 +96,15 @@ async def test_rewards_out_of_range_are_refused(reward):
     orchestrator = build(learning_config())
     decision = await answered(orchestrator)
     with pytest.raises(ValueError, match="reward"):
-        orchestrator.learn(decision.id, reward)
-    assert orchestrator.learn(decision.id, 1.0)
+        orchestrator.learning.learn(decision.id, reward)
+    assert orchestrator.learning.learn(decision.id, 1.0)
 
 
 async def test_the_expert_that_answered_is_rated_not_the_one_that_failed():
     orchestrator = build(learning_config({"large": {"error": "unavailable"}}))
     decision = await answered(orchestrator)
     before = quality(decision)
-    orchestrator.learn(decision.id, 0.0)
+    orchestrator.learning.learn(decision.id, 0.0)
     after = quality(await orchestrator.decide(chat_request()))
     assert after["large"] == before["large"]
     assert after["medium"] < before["medium"] - 0.1
@@ -142,18 +142,18 @@ async def test_a_preference_moves_the_difference_and_not_the_level():
     only_small = RoutingOptions(allowed_models=["small"])
     better = await answered(orchestrator, options=only_small)
     before = quality(worse)
-    assert orchestrator.learn_preference(better.id, worse.id)
+    assert orchestrator.learning.learn_preference(better.id, worse.id)
     after = quality(await orchestrator.decide(chat_request()))
     assert after["small"] > before["small"] + 0.1
     assert after["large"] < before["large"] - 0.1
-    assert not orchestrator.learn_preference(better.id, worse.id)
+    assert not orchestrator.learning.learn_preference(better.id, worse.id)
 
 
 async def test_a_preference_between_one_expert_s_answers_says_nothing():
     orchestrator = build(learning_config())
     one, other = await answered(orchestrator), await answered(orchestrator, "something else")
-    assert not orchestrator.learn_preference(one.id, other.id)
-    assert orchestrator.learn(one.id, 1.0)
+    assert not orchestrator.learning.learn_preference(one.id, other.id)
+    assert orchestrator.learning.learn(one.id, 1.0)
 
 
 def test_preferences_reward_by_the_difference_of_qualities():
@@ -183,7 +183,7 @@ async def test_exploring_tries_an_expert_of_which_little_is_known():
     for _ in range(30):
         decision = await answered(orchestrator)
         seen.add(decision.experts[0])
-        orchestrator.learn(decision.id, 0.6)
+        orchestrator.learning.learn(decision.id, 0.6)
     assert seen == {"small", "medium", "large"}
     # What users see is what is expected, without the bonus.
     assert all(0 <= one.quality <= 1 for one in decision.candidates)
@@ -210,7 +210,7 @@ async def test_feedback_is_for_the_client_s_decision_over_http():
         streamed = await http.post(CHAT, json=chat_body(stream=True))
         dry = await http.post(ROUTE, json=chat_body())
     for one, learnt in ((response, True), (streamed, True), (dry, False)):
-        assert orchestrator.learn(one.headers["x-collegium-decision-id"], 1.0) is learnt
+        assert orchestrator.learning.learn(one.headers["x-collegium-decision-id"], 1.0) is learnt
 
 
 def test_lessons_are_bounded_and_fit_into_a_store():
@@ -276,7 +276,7 @@ async def test_ratings_become_a_verdict():
         before = (await http.get("/v1/experiments")).json()["data"][0]
         for _ in range(300):
             decision = await answered(orchestrator, model="try")
-            assert orchestrator.learn(decision.id, 0.9 if decision.arm == "b" else 0.4)
+            assert orchestrator.learning.learn(decision.id, 0.9 if decision.arm == "b" else 0.4)
         after = (await http.get("/v1/experiments")).json()["data"][0]
         listed = (await http.get("/v1/models")).json()["data"]
     assert (before["verdict"], before["difference"]) == ("undecided", None)
