@@ -108,7 +108,11 @@ class BestOfStrategy(SeveralStrategy):
                     yield Chunk(progress=f"{len(found)} of {len(calls)} answers")
         if not found:
             assert failure is not None  # every call ends in an answer or a failure
-            raise failure
+            rest = self.otherwise(failure, request, calls, decision, experts, context)
+            async with aclosing(rest) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
         known = predicted(decision)
         found.sort(key=lambda one: preference(known, one.expert, one.place), reverse=True)
         name = self.judges.get(decision.category or "", self.judge)

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from experts.base import AnyRequest, Expert
 from experts.types import ChatRequest, Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.base import Strategy
-from orchestrator.strategies.calls import Answer, Failure, answers
+from orchestrator.strategies.calls import Answer, Failure, another_may_answer, answers
 from orchestrator.strategies.fallback import FallbackStrategy
 
 __all__ = ["MAX_ANSWERS", "SeveralStrategy", "answers_in_time", "predicted", "preference", "ticks"]
@@ -71,6 +72,26 @@ class SeveralStrategy(Strategy):
     ) -> AsyncGenerator[Chunk, None]:
         """Make one answer of those to the calls."""
         raise NotImplementedError
+
+    async def otherwise(
+        self,
+        failure: Failure,
+        request: AnyRequest,
+        calls: Sequence[tuple[str, AnyRequest]],
+        decision: Decision,
+        experts: Mapping[str, Expert],
+        context: RequestContext,
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer of one of the other experts, where all that were asked have failed."""
+        asked = {name for name, _ in calls}
+        rest = tuple(name for name in decision.experts if name not in asked)
+        if not rest or context.remaining_s <= 0 or not another_may_answer(failure):
+            raise failure
+        context.composing = False
+        further = replace(decision, experts=rest)
+        async with aclosing(FallbackStrategy().run(request, further, experts, context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     @property
     def composes_one(self) -> bool:

@@ -88,7 +88,11 @@ class VoteStrategy(SeveralStrategy):
                     break
         if not ballot.answers:
             assert failure is not None  # every call ends in an answer or a failure
-            raise failure
+            rest = self.otherwise(failure, request, calls, decision, experts, context)
+            async with aclosing(rest) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
         winner = await ballot.winner(context)
         context.answered_by = winner.expert
         for chunk in play(winner.completion, context.usage):
