@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -249,12 +249,12 @@ class Generation:
         """The answer's events. Errors are raised up to the first event, and an event later."""
         shape: AnswerShape | None = None
         waiting = False
+        begun, ended = set[int](), set[int]()
         try:
             async with (
                 asyncio.timeout(turn.context.remaining_s + GRACE_S),
                 aclosing(self._orchestrator.run(request, decision, turn.context)) as chunks,
             ):
-                begun: set[int] = set()
                 async for chunk in chunks:
                     if chunk.progress is not None:
                         waiting = True
@@ -269,13 +269,18 @@ class Generation:
                         yield event(shape.role(chunk.index))
                     if chunk.text or chunk.tool_calls or chunk.finish_reason or chunk.logprobs:
                         yield event(shape.piece(chunk))
-            shape = shape or self._shape(request, turn)
-            if request.stream_options and request.stream_options.include_usage:
-                yield event(shape.usage(turn.usage or Usage()))
-            yield DONE
-            turn.status = 200
+                    if chunk.finish_reason:
+                        ended.add(chunk.index)
+            for last in self._last_events(request, shape, turn):
+                yield last
         except Exception as error:
             shown = self._late(decision, turn) if isinstance(error, TimeoutError) else error
+            if len(ended) == _answers_wanted(request):
+                # Whoever has all of its answer must not be told that it failed.
+                logger.warning("only counts of tokens are missing (%s): %s", decision.id, shown)
+                for last in self._last_events(request, shape, turn):
+                    yield last
+                return
             turn.status = status_of(shown)
             if shape is None and not waiting:
                 raise shown from (None if shown is error else error)
@@ -283,6 +288,15 @@ class Generation:
             yield event(encode(error_object(shown, decision.id)))
         finally:
             self._end(turn)
+
+    def _last_events(
+        self, request: AnyRequest, shape: AnswerShape | None, turn: _Turn
+    ) -> Iterator[bytes]:
+        if request.stream_options and request.stream_options.include_usage:
+            usage = turn.usage or turn.context.usage
+            yield event((shape or self._shape(request, turn)).usage(usage))
+        yield DONE
+        turn.status = 200
 
     def _late(self, decision: Decision, turn: _Turn) -> ExpertTimeoutError:
         context = turn.context
@@ -299,3 +313,9 @@ class Generation:
     def _headers(self, http: Request, decision: Decision, turn: _Turn) -> dict[str, str]:
         debug = http.headers.get(DEBUG_HEADER) == "1"
         return decision_headers(decision, turn.context, debug=debug)
+
+
+def _answers_wanted(request: AnyRequest) -> int:
+    if isinstance(request, ChatRequest) or isinstance(request.prompt, str):
+        return request.n
+    return request.n * len(request.prompt)

@@ -12,10 +12,13 @@ import httpx
 import pytest
 
 from experts import errors as expert_errors
-from experts.errors import ExpertError
+from experts.config import ScriptedExpertConfig
+from experts.errors import ExpertError, ExpertFailedError
+from experts.scripted import ScriptedExpert
 from experts.types import Chunk, Completion, Usage
 from orchestrator import errors as request_errors
 from orchestrator.config import parse_config
+from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import Decision
 from orchestrator.errors import RequestError
 from orchestrator.http.app import create_app
@@ -257,6 +260,36 @@ async def test_low_priority_is_refused_when_half_of_the_places_are_taken():
     assert (await http.post(CHAT, json=chat_body(model="small"))).status_code == 200
     assert (await slow).status_code == 200
     assert (await http.post(CHAT, json=chat_body(priority="low"))).status_code == 200
+
+
+class Forgetful(ScriptedExpert):
+    """Breaks, or is silent, when its answer is complete and only its token counts are missing."""
+
+    async def stream(self, request, *, timeout_s):
+        """The answer without its end."""
+        async for chunk in super().stream(request, timeout_s=timeout_s):
+            if chunk.usage is not None:
+                if "wait" in request.messages[-1].text:
+                    await asyncio.sleep(30)
+                raise ExpertFailedError("large", "it forgot")
+            yield chunk
+
+
+@pytest.mark.parametrize(("text", "n"), [("hello", 1), ("hello", 2), ("wait", 1)])
+async def test_nothing_is_wrong_with_a_complete_answer(text, n):
+    config = config_with_rules({}, server={"limits": {"timeout_s": 0.05}})
+    entries = [entry for entry in config.experts if isinstance(entry, ScriptedExpertConfig)]
+    experts = {entry.name: Forgetful(entry) for entry in entries}
+    http = client(Orchestrator(config, experts, load_routers(config)))
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    response = await http.post(CHAT, json=chat_body(text, n=n, **options))
+    *pieces, usage, end = events(response.text)
+    assert end == "[DONE]"
+    assert usage["usage"]["completion_tokens"] > 0
+    reasons = [choice["finish_reason"] for piece in pieces for choice in piece["choices"]]
+    assert reasons.count("stop") == n
+    page = (await http.get("/metrics")).text
+    assert metric(page, 'collegium_requests_total{expert="large",model="auto",status="200"}') == 1
 
 
 async def test_route_decides_without_asking_anybody():
