@@ -587,7 +587,9 @@ async def test_verifying_takes_the_probability_of_a_yes_where_it_is_known():
     assert (await run.answer()).text == "first"
 
 
-@pytest.mark.parametrize(("says", "text"), [("2", "second"), ("9 of 10", "first"), ("?", "first")])
+@pytest.mark.parametrize(
+    ("says", "text"), [("Grade: 2", "second"), ("9 out of 10", "first"), ("?", "first")]
+)
 async def test_a_judge_rates_answers(says: str, text: str):
     judge = expert("judge", {"answer": says})
     strategy = cascade(signal="judge", judge="judge", calibrations={"first": STEPS})
@@ -616,7 +618,7 @@ async def test_a_tool_call_is_shown_to_the_judge_and_given_whole():
     strategy = cascade(signal="judge", judge="judge", calibrations={"first": STEPS})
     run = Run(strategy, [first, expert("second")], quality=[0.5, 0.4], charges=[0.0, 0.1],
               tools=[TOOL])  # fmt: skip
-    run.experts["judge"] = expert("judge", {"answer": "10"})
+    run.experts["judge"] = expert("judge", {"answer": "Grade: 10"})
     choice = (await run.answer()).choices[0]
     assert json.loads(choice.tool_calls[0]["function"]["arguments"]) == {"city": "Bern"}
     assert choice.finish_reason == "tool_calls"
