@@ -115,7 +115,7 @@ async def test_a_judge_that_is_too_slow_does_not_cost_the_answer():
                       timeout_s=0.3)  # fmt: skip
     started = time.monotonic()
     assert (await run.answer()).text == "a"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert all(one.active == 0 for one in run.experts.values())
 
 

@@ -134,7 +134,7 @@ async def test_the_deadline_holds_for_calls_made_together():
     started = time.monotonic()
     found = [one async for one in answers(calls, experts, context(0.05))]
     assert all(isinstance(one, ExpertTimeoutError) for one in found)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 async def test_a_played_answer_is_the_answer():

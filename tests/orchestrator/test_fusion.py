@@ -192,9 +192,9 @@ async def test_too_small_a_panel_fails_with_its_members_error():
 
 async def test_slow_members_are_left_out_after_their_share_of_the_time():
     started = time.monotonic()
-    run = Run(fusion(panel_share=0.2), [writer("a"), member("b", delay_s=30)], timeout_s=1)
+    run = Run(fusion(panel_share=0.02), [writer("a"), member("b", delay_s=30)], timeout_s=10)
     assert (await run.answer()).text == "fused answer"
-    assert 0.15 < time.monotonic() - started < 0.9
+    assert 0.15 < time.monotonic() - started < 8
     assert run.context.calls[1].error == "cancelled"
     assert run.active == 0
 

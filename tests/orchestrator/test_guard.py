@@ -66,13 +66,13 @@ async def test_failures_are_logged_once_a_minute_per_feature(caplog, monkeypatch
 
 
 async def test_nobody_waits_for_a_store_that_has_just_taken_too_long(monkeypatch):
-    monkeypatch.setattr(guard, "PAUSE_S", 0.2)
+    monkeypatch.setattr(guard, "PAUSE_S", 30.0)
     store = StuckStore()
     memory, errors = watched(store)
     started = time.monotonic()
     for _ in range(100):
         assert await memory.guarded("cache", store.get("key"), b"default") == b"default"
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 2.5, "half of what waiting each time takes"
     assert errors["cache"] == 100
     store.stuck = False
     await asyncio.sleep(0.25)
@@ -135,7 +135,7 @@ async def test_what_finds_no_place_or_no_time_is_counted(monkeypatch):
     assert errors == {"log": 5}
     started = time.monotonic()
     await memory.aclose()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert errors == {"log": 15}
 
 

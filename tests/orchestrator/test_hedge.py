@@ -176,7 +176,7 @@ async def test_times_are_noted_of_winners_and_of_losers():
     await Run(strategy, [scripted("a", SLOW), scripted("b")]).answer()
     times = strategy._seen.times_s
     assert times["a", True][0] >= 0.02
-    assert times["b", True][0] < 0.5
+    assert times["b", True][0] < 5
 
 
 async def test_what_was_seen_is_no_part_of_the_config():
@@ -201,7 +201,7 @@ async def test_a_client_that_leaves_frees_both():
     task.cancel()
     await asyncio.wait({task})
     assert run.active == 0
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 def test_shares_are_shares():

@@ -238,7 +238,7 @@ async def test_a_request_may_be_in_a_hurry():
     started = time.monotonic()
     response = await http.post(CHAT, json=chat_body(deadline_ms=50))
     assert response.status_code == 504
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
 
 
 async def test_plain_answers_say_what_they_cost():

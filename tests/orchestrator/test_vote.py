@@ -162,7 +162,7 @@ async def test_the_rest_is_cancelled_once_the_lead_cannot_be_overtaken(stream):
     run = StrategyRun(VOTE, experts, stream=stream)
     started = time.monotonic()
     assert (await run.answer()).text == "5"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
     assert run.experts["c"].active == 0
     assert [made.error for made in run.context.calls] == [None, None, "cancelled"]
 
@@ -313,10 +313,10 @@ async def test_no_more_are_asked_than_the_cost_limit_allows():
 
 async def test_late_answers_are_not_waited_for():
     experts = [scripted("a", delay_s=30), scripted("b", answer="5"), scripted("c", delay_s=30)]
-    run = StrategyRun(vote(deadline_share=0.1), experts, timeout_s=2)
+    run = StrategyRun(vote(deadline_share=0.01), experts, timeout_s=20)
     started = time.monotonic()
     assert (await run.answer()).text == "5"
-    assert 0.2 <= time.monotonic() - started < 1
+    assert 0.2 <= time.monotonic() - started < 10
     assert all(one.active == 0 for one in run.experts.values())
 
 
