@@ -38,7 +38,8 @@ class CascadeGoal(StrictModel):
     """What a cascade shall keep to."""
 
     max_mean_cost: float | None = Field(default=None, gt=0)
-    """The bound on the mean cost of all calls together, in the unit ``cost``."""
+    """The bound on the mean cost of all answers together, in the unit ``cost``; calls of the
+    signals ``verify`` and ``judge`` come on top."""
     cost: CostUnit | None = None
     """What costs are; none takes the first that is known."""
     mode: Literal["cascade_routing", "cascade"] = "cascade_routing"
@@ -208,7 +209,8 @@ def _simulated(
 
         known = calibrations[names[j]]
         pairs = zip(cells.signals[:, j].tolist(), cells.quality[:, j].tolist(), strict=True)
-        return np.array([known.chance(signal, quality) for signal, quality in pairs])
+        # What is not known stays so, and does not count.
+        return np.array([s if np.isnan(s) else known.chance(s, q) for s, q in pairs])
 
     strong = names.index(second)
     threshold = simulated_threshold(

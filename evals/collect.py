@@ -280,8 +280,10 @@ async def _ask(
         messages=[Message(role="user", content=sample.text)],
         max_tokens=max_tokens,
         temperature=0,
-        logprobs=options.confidence and "logprobs" in expert.card.capabilities,
     )
+    # Nothing is sent where nothing is wanted: some APIs refuse fields they do not know.
+    if options.confidence and "logprobs" in expert.card.capabilities:
+        request = request.model_copy(update={"logprobs": True})
     for attempt in range(_ATTEMPTS):
         started = time.monotonic()
         try:
@@ -354,4 +356,8 @@ def write_outcome_table(
         name: card.model_dump(mode="json", include=CARD_FIELDS, exclude_none=True)
         for name, card in cards.items()
     }
+    for known in facts.values():
+        # Of retrievers only: what most experts add to a prompt is nothing.
+        if not known["added_prompt_tokens"]:
+            del known["added_prompt_tokens"]
     OutcomeTable(prompts, models=list(cards), numbers=numbers, cards=facts).write(out)

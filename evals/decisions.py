@@ -230,7 +230,7 @@ def _asked(
     asked = []
     for row, utility in enumerate(utilities):
         order = order_by_utility(utility.tolist(), costs[row].tolist())
-        width = policy.width([float(quality[row, j]) for j in order])
+        width = policy.width([float(quality[row, j]) for j in order]) or 1
         asked.append([int(allowed[j]) for j in order[:width]])
     return asked if any(len(row) > 1 for row in asked) else None
 

@@ -110,6 +110,9 @@ class Router(Protocol):
 class TrainableRouter(Router, Protocol):
     """A router that learns from an outcome table. Constructors only store hyper-parameters."""
 
+    loaded_from: Path | None
+    """The artefact's folder."""
+
     def fit(self, table: OutcomeTable, *, split: str = "train") -> TrainableRouter:
         """Learn from the rows of one split, forgetting what was learnt before; return self.
 

@@ -98,6 +98,7 @@ class FittedRouter:
     metrics_: dict[str, Any]
     measured: Mapping[str, Measured] = {}
     updates_: list[Update]
+    loaded_from: Path | None = None
     _table_sha256: str | None = None
     _split: str | None = None
 

@@ -7,8 +7,8 @@ A table is a folder:
   optional ``input_tokens``, ``output_tokens``, ``latency_s``, ``cost_usd``, ``confidence`` in
   [0, 1] (what the answer said of itself, for cascades)
 * optional ``models.json``: per model any of ``total_params_b``, ``active_params_b``,
-  ``input_usd_per_mtok``, ``output_usd_per_mtok``, ``latency_s``, ``energy_j``, ``base_model``,
-  ``adapter``
+  ``input_usd_per_mtok``, ``output_usd_per_mtok``, ``added_prompt_tokens``, ``latency_s``,
+  ``energy_j``, ``base_model``, ``adapter``
 
 Prompts and cards are read at once, outcomes when they are first asked for, so that an evaluation
 can decide before any score is read. Knows nothing of routers.
@@ -43,6 +43,7 @@ CARD_FIELDS = {
     "active_params_b",
     "input_usd_per_mtok",
     "output_usd_per_mtok",
+    "added_prompt_tokens",
     "latency_s",
     "energy_j",
     "base_model",

@@ -81,7 +81,9 @@ def load_router(path: Path | str) -> TrainableRouter:
     manifest = read_manifest(path)
     if manifest.method not in registered_routers():
         raise RouterError(f"artefact {path}: {_unknown(manifest.method)}")
-    return get_router_class(manifest.method).load(Path(path))
+    router = get_router_class(manifest.method).load(Path(path))
+    router.loaded_from = Path(path)
+    return router
 
 
 def _unknown(name: str, hint: str = "") -> RouterError:

@@ -36,10 +36,11 @@ def publish_command(folder: Path, artefact: Path) -> None:
 
 @release_command.command("rollback", short_help="Go back to the release before.")
 @FOLDER
-def rollback_command(folder: Path) -> None:
-    """Use the release of FOLDER before the one in use."""
+@click.option("--to", metavar="NAME", help="This release, as `release list` shows it.")
+def rollback_command(folder: Path, to: str | None) -> None:
+    """Use the release of FOLDER published before the one in use, or an older one."""
     try:
-        click.echo(f"{folder} now uses {rollback(folder)}")
+        click.echo(f"{folder} now uses {rollback(folder, to)}")
     except (RouterError, OSError) as error:
         raise click.UsageError(str(error)) from error
 

@@ -45,7 +45,7 @@ def release_names(folder: Path) -> list[str]:
     """All releases, oldest first."""
     if not (folder / RELEASES).is_dir():
         return []
-    return sorted(path.name for path in (folder / RELEASES).iterdir() if path.name[0] != ".")
+    return sorted(p.name for p in (folder / RELEASES).iterdir() if p.name[:4].isdecimal())
 
 
 def publish(artefact: Path, folder: Path) -> str:
@@ -62,7 +62,8 @@ def publish(artefact: Path, folder: Path) -> str:
         RouterError: The artefact cannot be used, or the folder holds something else.
     """
     load_router(artefact)
-    if folder.exists() and any(folder.iterdir()) and not (folder / CURRENT).is_file():
+    ours = (CURRENT, RELEASES)
+    if folder.exists() and any(p.name not in ours and p.name[0] != "." for p in folder.iterdir()):
         raise RouterError(f"{folder} holds something else than releases; choose another folder")
     names = release_names(folder)
     number = 1 + max((int(name.partition("-")[0]) for name in names), default=0)
@@ -76,8 +77,12 @@ def publish(artefact: Path, folder: Path) -> str:
     return name
 
 
-def rollback(folder: Path) -> str:
-    """Go back to the release before the one in use.
+def rollback(folder: Path, to: str | None = None) -> str:
+    """Go back to a release.
+
+    Args:
+        folder: Where releases are kept.
+        to: Its name; none goes to the one published before the one in use.
 
     Returns:
         Its name.
@@ -86,9 +91,10 @@ def rollback(folder: Path) -> str:
         RouterError: There is none.
     """
     in_use = current_release(folder).name
-    earlier = [name for name in release_names(folder) if name < in_use]
+    earlier = [name for name in release_names(folder) if name < in_use and to in (None, name)]
     if not (folder / CURRENT).is_file() or not earlier:
-        raise RouterError(f"{folder} has no release before {in_use!r}")
+        wanted = f"release {to!r}" if to else "release"
+        raise RouterError(f"{folder} has no {wanted} before {in_use!r}")
     _use(folder, earlier[-1])
     return earlier[-1]
 
