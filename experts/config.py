@@ -264,6 +264,9 @@ class RetrieverExpertConfig(_Strict):
     max_context_tokens: int = Field(default=1024, ge=16)
     """Tokens of all passages together at most; fewer where the reader's context is too short. The
     expected cost of an answer counts them in full."""
+    turns: int = Field(default=2, ge=1)
+    """User messages to look up: the last one, and all of these together, for follow-ups such as
+    "and how much is it?". A passage counts by whichever it fits better; 1 looks up the last."""
     min_score: float = Field(default=-1.0, ge=-1, le=1)
     """The reader is asked without passages where none has a cosine as high as this."""
     append_sources: bool = False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError, ExpertUnavailableError
@@ -35,6 +35,7 @@ from orchestrator.learning.experiments import Experiment
 from orchestrator.learning.feedback import Learning
 from orchestrator.learning.learner import Learner, Lesson
 from orchestrator.learning.shadow import Shadows
+from orchestrator.learning.tally import Tally
 from orchestrator.learning.teaching import Teaching
 from orchestrator.memory.cache import CachedAnswer, ResponseCache
 from orchestrator.memory.decisions import DecisionLog
@@ -116,7 +117,7 @@ class Orchestrator:
         self.config = config
         self.cards = config.cards()
         self.experts = experts
-        self._releases = ReleaseWatch(config, self._take_up)
+        self._releases = ReleaseWatch(config, routers, self._prepare)
         self.routes = {
             name: build_route(
                 name,
@@ -134,7 +135,12 @@ class Orchestrator:
         self.memory = memory or Memory(SQLiteStore(max_records=config.memory.max_records))
         self.decisions = DecisionLog(self.memory)
         self.feedback = FeedbackLog(self.memory, self.decisions)
-        self.experiments = {n: Experiment(n, c) for n, c in config.experiments.items()}
+        self.experiments = {
+            name: Experiment(
+                name, entry, Tally(self.memory, ("experiment", name, entry.a, entry.b), "ab")
+            )
+            for name, entry in config.experiments.items()
+        }
         self.learning = Learning(
             {name: route.learner for name, route in self.routes.items() if route.learner},
             self.experiments,
@@ -145,25 +151,30 @@ class Orchestrator:
             {name: route.shadow for name, route in config.routes.items() if route.shadow},
             self._answer_by,
             experts,
+            self.memory,
         )
 
         self._cache = _open_cache(config, self.memory)
         self._sessions = Sessions(config.sessions, self.memory) if config.sessions else None
 
-    def _take_up(self, name: str, router: Router, release: str) -> None:
-        """Use a router in the place of another; requests under way keep the one they began with."""
+    def _prepare(self, name: str, router: Router, release: str) -> Callable[[], None]:
+        """What puts a router in use; requests under way keep the one they began with."""
         changed = {
             route_name: build_route(route_name, route, router, self.cards, release)
             for route_name, route in self.config.routes.items()
             if route.router == name
         }
-        for route_name, route in changed.items():
-            # What was learnt of experts is not forgotten with the router.
-            if route.experts == self.routes[route_name].experts:
-                changed[route_name] = replace(route, learner=self.routes[route_name].learner)
-            elif route.learner is not None:
-                self.learning.learners[route_name] = route.learner
-        self.routes = {**self.routes, **changed}
+
+        def use() -> None:
+            for route_name, route in changed.items():
+                # What was learnt of experts is not forgotten with the router.
+                learner = self.routes[route_name].learner
+                if learner is not None:
+                    learner.bandit.include(route.experts)
+                changed[route_name] = replace(route, learner=learner)
+            self.routes = {**self.routes, **changed}
+
+        return use
 
     async def decide(
         self,
@@ -311,7 +322,7 @@ class Orchestrator:
         if session or (context.cache is not None and context.cache.state == "miss"):
             chunks = self._noted(chunks, decision, context)
         if self.shadows.wants(decision, request, context):
-            chunks = self.shadows.followed(chunks, request, decision)
+            chunks = self.shadows.followed(chunks, request, decision, context.options)
         return chunks
 
     async def recall(
@@ -358,13 +369,24 @@ class Orchestrator:
             self._cache.keep(context.cache, CachedAnswer(expert, decision.route, completion))
 
     async def _answer_by(
-        self, request: AnyRequest, route: str, context: RequestContext
+        self, request: AnyRequest, options: RoutingOptions, context: RequestContext
     ) -> Completion:
         """A route's answer, of which nobody learns anything."""
-        decision = await self.decide(request, options=RoutingOptions(route=route), context=context)
-        strategy = self.routes[route].config.strategy
+        decision = await self.decide(request, options=options, context=context)
+        context.reroute = lambda further: self.decide(further, options=_as_decided(decision))
+        strategy = self.routes[decision.route or ""].config.strategy
         async with aclosing(strategy.run(request, decision, self.experts, context)) as chunks:
             return await collect(chunks)
+
+    async def comparisons(self) -> list[dict[str, Any]]:
+        """What experiments and shadows have found out by now, on all replicas.
+
+        Raises:
+            MemoryUnavailableError: The store does not answer.
+        """
+        await self._teaching.read()
+        experiments = [await one.results() for one in self.experiments.values()]
+        return experiments + [await one.results() for one in self.shadows.shadows.values()]
 
     async def check_health(self) -> dict[str, BaseException | None]:
         """The state of every expert: none if it can answer, else what is wrong."""

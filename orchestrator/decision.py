@@ -76,7 +76,8 @@ class Decision:
 
     Attributes:
         experts: Names, best first.
-        width: How many of them shall answer, for strategies that compose several answers.
+        width: How many of them shall answer, for strategies that compose several answers; none
+            leaves it to the strategy.
         route: The route asked for; none if an expert was named.
         router_release: Which release of the router, where it has releases.
         policy: Name of the policy; ``named`` if an expert was named, ``cache`` if an answer that
@@ -93,7 +94,7 @@ class Decision:
     """
 
     experts: tuple[str, ...]
-    width: int = 1
+    width: int | None = None
     route: str | None = None
     router: str | None = None
     router_release: str | None = None

@@ -174,9 +174,9 @@ class Policy(StrictModel):
         best = utilities == utilities.max(axis=1, keepdims=True)
         return np.asarray(np.where(best, costs, np.inf).argmin(axis=1), np.intp)
 
-    def width(self, quality: Sequence[float]) -> int:
-        """How many experts shall answer, given the predicted quality of each in their order."""
-        return 1
+    def width(self, quality: Sequence[float]) -> int | None:
+        """How many experts shall answer, by their predicted quality; none: the strategy says."""
+        return None
 
 
 class UtilityPolicy(Policy):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from experts.errors import ExpertError
 from experts.paths import resolve_path
 from orchestrator.config import ArtefactRouterConfig, CollegiumConfig, ConfigError
 from routers.base import Router, RouterError
@@ -25,19 +26,24 @@ class ReleaseWatch:
 
     Args:
         config: Where routers come from.
-        take_up: Called in a thread with a router's name, the router and its release; raises a
-            ConfigError if the router does not go with the config.
+        routers: As they were loaded, by name.
+        prepare: Called in a thread with a router's name, the router and its release; raises a
+            ConfigError if the router does not go with the config. What it returns is called in the
+            event loop and puts the router in use.
 
     Attributes:
         in_use: Release in use by router, of those that have releases.
     """
 
     def __init__(
-        self, config: CollegiumConfig, take_up: Callable[[str, Router, str], None]
+        self,
+        config: CollegiumConfig,
+        routers: Mapping[str, Router],
+        prepare: Callable[[str, Router, str], Callable[[], None]],
     ) -> None:
-        from routers.releases import CURRENT, current_release
+        from routers.releases import CURRENT
 
-        self._take_up = take_up
+        self._prepare = prepare
         self._folders: dict[str, tuple[Path, float]] = {}
         self._seen: dict[str, str] = {}
         for name, entry in config.routers.items():
@@ -45,7 +51,9 @@ class ReleaseWatch:
                 folder = resolve_path(entry.path)
                 if (folder / CURRENT).is_file():
                     self._folders[name] = folder, entry.reload_s
-                    self._seen[name] = current_release(folder).name
+                    # Not what is current by now, which may be later than what was loaded.
+                    loaded = getattr(routers.get(name), "loaded_from", folder)
+                    self._seen[name] = loaded.name
         self.in_use = dict(self._seen)
         self._looked = dict.fromkeys(self._folders, time.monotonic())
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,20 +71,22 @@ class ReleaseWatch:
 
     async def _look(self, name: str) -> None:
         try:
-            await asyncio.to_thread(self._reload, name)
-        except (RouterError, ConfigError, OSError) as error:
+            if found := await asyncio.to_thread(self._load, name):
+                release, use = found
+                use()
+                self.in_use[name] = release
+                logger.info("router %s now uses release %s", name, release)
+        except (RouterError, ConfigError, ExpertError, OSError) as error:
             logger.error("router %s keeps release %s: %s", name, self.in_use[name], error)
         finally:
             self._looked[name] = time.monotonic()
 
-    def _reload(self, name: str) -> None:
+    def _load(self, name: str) -> tuple[str, Callable[[], None]] | None:
         from routers.registry import load_router
         from routers.releases import current_release
 
         path = current_release(self._folders[name][0])
         if path.name == self._seen[name]:
-            return
+            return None
         self._seen[name] = path.name
-        self._take_up(name, load_router(path), path.name)
-        self.in_use[name] = path.name
-        logger.info("router %s now uses release %s", name, path.name)
+        return path.name, self._prepare(name, load_router(path), path.name)

@@ -128,7 +128,7 @@ class Route:
         width = options.top_k or policy.width([one.quality or 0.0 for one in candidates])
         return Decision(
             experts=tuple(candidate.expert for candidate in candidates),
-            width=min(width, len(candidates)),
+            width=None if width is None else min(width, len(candidates)),
             route=self.name,
             router=self.config.router,
             router_release=self.release,

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from experts.base import AnyRequest, Expert
@@ -21,7 +22,7 @@ from experts.errors import (
     ExpertUnavailableError,
     InvalidRequestError,
 )
-from experts.features import check_features
+from experts.features import check_features, required_features
 from experts.retrieval.index import Found, PassageIndex
 from experts.types import ChatRequest, Chunk, ContentPart, ExpertCard, Message, Usage
 
@@ -87,12 +88,13 @@ class RetrieverExpert:
                 yield chunk
             return
         begun = False
-        while not begun:
+        while True:
             try:
                 async with aclosing(self._read(self._reader, request, found, deadline)) as chunks:
                     async for chunk in chunks:
                         begun = True
                         yield chunk
+                return
             except ContextLengthError:
                 # Tokens were estimated; the reader has counted them.
                 if begun or not found:
@@ -110,7 +112,11 @@ class RetrieverExpert:
                 if chunk.finish_reason is None:
                     yield chunk
                     continue
-                listed = self._config.append_sources and chunk.finish_reason == "stop"
+                # A list behind JSON, or behind one of several choices, would spoil it.
+                shaped = required_features(request).keys() & {"json_schema", "choice"}
+                listed = (
+                    self._config.append_sources and chunk.finish_reason == "stop" and not shaped
+                )
                 text = chunk.text + _listed(found) if listed and found else chunk.text
                 yield replace(chunk, text=text, sources=_sources(found))
 
@@ -124,20 +130,22 @@ class RetrieverExpert:
     async def aclose(self) -> None:
         """Free the threads; the reader lives on."""
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False)
 
     async def _search(self, request: ChatRequest, timeout_s: float) -> list[Found]:
         """The passages the reader shall see."""
-        question = next((m.text for m in reversed(request.messages) if m.role == "user"), "")
-        if not question.strip():
+        spoken = [m.text for m in request.messages if m.role == "user"]
+        if not spoken or not spoken[-1].strip():
             if self._reader is None:
                 raise InvalidRequestError("there is no user message with a question", "messages")
             return []
+        recent = spoken[-self._config.turns :]
+        # The newest comes first: encoders cut off the end.
+        also = ["\n".join(reversed(recent))] if len(recent) > 1 else []
+        search = partial(self._index.search, spoken[-1], self._config.top_k, also=also)
         try:
             async with asyncio.timeout(timeout_s):
-                found = await asyncio.get_running_loop().run_in_executor(
-                    self._threads, self._index.search, question, self._config.top_k
-                )
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, search)
         except TimeoutError:
             raise ExpertTimeoutError(self._card.name, timeout_s) from None
         except Exception as error:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -162,19 +161,25 @@ class PassageIndex:
             found.append(encoder)
         return cls(manifest, passages, vectors, found)
 
-    def search(self, query: str, top_k: int) -> list[Found]:
-        """The best passages for a query, best first.
+    def search(self, query: str, top_k: int, *, also: Sequence[str] = ()) -> list[Found]:
+        """The best passages for a query, or for other wordings of it, best first.
 
-        With several encoders, cosines are standardised over all passages, and each passage counts
-        by its best encoder: cosines of different encoders are no common scale, and an encoder that
-        does not know the query's language finds no passage far above the others.
+        With several wordings or encoders, cosines are standardised over all passages, and each
+        passage counts by its best wording and encoder: cosines of different encoders are no common
+        scale, and an encoder that does not know the query's language finds no passage far above
+        the others.
         """
         import numpy as np
 
         if not self.passages:
             return []
         cosines = np.array(
-            [self.vectors[e.name] @ e.encode([query])[0] for e in self._encoders], np.float32
+            [
+                self.vectors[e.name] @ e.encode([text])[0]
+                for e in self._encoders
+                for text in (query, *also)
+            ],
+            np.float32,
         )
         spread = cosines.std(axis=1, keepdims=True)
         standard = (cosines - cosines.mean(axis=1, keepdims=True)) / np.maximum(spread, 1e-9)
@@ -320,9 +325,16 @@ def _replace(out: Path, files: Mapping[str, bytes]) -> None:
         folder.mkdir()
         for name, content in files.items():
             (folder / name).write_bytes(content)
+        old = Path(scratch) / "old"
         if out.exists():
-            shutil.move(out, Path(scratch) / "old")
-        os.replace(folder, out)
+            os.replace(out, old)
+        try:
+            os.replace(folder, out)
+        except BaseException:
+            # Leaving the block deletes what is still in it.
+            if old.exists():
+                os.replace(old, out)
+            raise
 
 
 def _sha256(content: bytes | str) -> str:

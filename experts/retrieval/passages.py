@@ -17,9 +17,11 @@ DEFAULT_CHARACTERS = 800
 # A file larger than this is hardly one that somebody wrote.
 MAX_BYTES = 32 << 20
 
-_HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*$")
-_FENCE = re.compile(r"\s{0,3}(```|~~~)")
-_SENTENCE_END = re.compile(r"[.!?:;。！？]+[\"')\]]*\s*|\n")  # noqa: RUF001
+# "# C#" is about C#: hashes close a heading only after a space.
+_HEADING = re.compile(r"(#{1,6})\s+(.*?)(?:\s+#+)?\s*$")
+# A line such as ```x``` is code within a paragraph.
+_FENCE = re.compile(r"\s{0,3}(`{3,}(?!.*`)|~{3,})")
+_SENTENCE_END = re.compile(r"(?:[.!?:;]+[\"')\]]*\s|[。！？]+[\"')\]]*)\s*|\n")  # noqa: RUF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,10 @@ def _sections(path: str, text: str) -> Iterator[tuple[str, list[str]]]:
             headings.append((depth, heading[2]))
             continue
         if marker:
-            fence = "" if fence == marker[1] else fence or marker[1]
+            if not fence:
+                fence = marker[1]
+            elif line.strip() == fence:
+                fence = ""
         # Code stays in one piece where it fits.
         if line.strip() or fence:
             lines.append(line)

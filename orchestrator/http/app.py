@@ -322,13 +322,11 @@ def _add_experiments(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]
     @app.get(
         "/v1/experiments",
         summary="Compare the arms of experiments, and routes with their shadows",
-        responses=_failures(401),
+        responses=_failures(401, 503),
     )
     async def list_experiments(http: Request) -> schemas.ExperimentList:
         _check_key(http, keys)
-        found = [one.results() for one in orchestrator.experiments.values()]
-        found += [one.results() for one in orchestrator.shadows.shadows.values()]
-        return schemas.ExperimentList.model_validate({"data": found})
+        return schemas.ExperimentList.model_validate({"data": await orchestrator.comparisons()})
 
 
 def _add_operations(app: FastAPI, orchestrator: Orchestrator, telemetry: Telemetry) -> None:

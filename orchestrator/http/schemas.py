@@ -245,8 +245,9 @@ class RouteBody(_Shape):
     id: str
     experts: list[str]
     """Names, best first."""
-    width: int
-    """How many of them shall answer, for strategies that compose several answers."""
+    width: int | None
+    """How many of them shall answer, for strategies that compose several answers; null leaves it to
+    the strategy."""
     route: str | None
     router: str | None
     router_release: str | None
@@ -278,7 +279,7 @@ class ArmBody(_Shape):
     name: Literal["a", "b"]
     route: str
     requests: int
-    """How many it answered, or of a shadow was to be copied."""
+    """How many it was given, or of a shadow was to be copied."""
     outcomes: int
     """How many of them are rated, or compared by the judge."""
     mean: float | None
@@ -286,7 +287,7 @@ class ArmBody(_Shape):
 
 
 class ExperimentBody(_Shape):
-    """Two routes and what is known of their difference, on this replica."""
+    """Two routes and what is known of their difference, by all replicas that share a memory."""
 
     name: str
     """The experiment, or the route that has a shadow."""

@@ -116,7 +116,6 @@ class LinUCB:
         self.n_features = n_features
         self.forgetting = forgetting
         self.penalty = penalty
-        self._positions = {name: place for place, name in enumerate(self.experts)}
         self.observations = 0.0
         # Sums of outer products of features, and of features times rewards less predictions.
         self._grams = np.zeros((len(self.experts), n_features, n_features))
@@ -124,6 +123,18 @@ class LinUCB:
         # Sums are kept divided by this, so that forgetting costs one multiplication.
         self._fading = 1.0
         self._factorise()
+
+    def include(self, experts: Sequence[str]) -> None:
+        """Know these experts too; of others nothing is forgotten."""
+        import numpy as np
+
+        new = [name for name in experts if name not in self._positions]
+        if new:
+            self.experts += new
+            square = np.zeros((len(new), self.n_features, self.n_features))
+            self._grams = np.concatenate([self._grams, square])
+            self._moments = np.concatenate([self._moments, square[:, 0]])
+            self._factorise()
 
     def adjust(
         self,
@@ -198,5 +209,6 @@ class LinUCB:
         self._grams *= self._fading
         self._moments *= self._fading
         self._fading, self._updates = 1.0, 0
+        self._positions = {name: place for place, name in enumerate(self.experts)}
         self._inverses = np.linalg.inv(self._grams + self.penalty * np.eye(self.n_features))
         self._weights = np.einsum("eij,ej->ei", self._inverses, self._moments)

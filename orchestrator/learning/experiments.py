@@ -8,6 +8,7 @@ from typing import Any, Literal
 from orchestrator.learning.config import ExperimentConfig
 from orchestrator.learning.learner import drawn
 from orchestrator.learning.sequential import Arm, compare
+from orchestrator.learning.tally import Tally
 
 __all__ = ["ArmName", "Experiment"]
 
@@ -20,13 +21,13 @@ class Experiment:
 
     Attributes:
         name: What users put in ``model``.
-        requests: How many each arm has answered.
+        requests: How many each arm has had, by all replicas.
         ratings: What was said of each arm's answers.
     """
 
     name: str
     config: ExperimentConfig
-    requests: dict[ArmName, int] = field(default_factory=lambda: {"a": 0, "b": 0})
+    requests: Tally
     ratings: dict[ArmName, Arm] = field(default_factory=lambda: {"a": Arm(), "b": Arm()})
 
     def arm_of(self, client: str | None, session: str | None, decision_id: str) -> ArmName:
@@ -46,9 +47,9 @@ class Experiment:
         """The route of an arm."""
         return self.config.a if arm == "a" else self.config.b
 
-    def results(self) -> dict[str, Any]:
+    async def results(self) -> dict[str, Any]:
         """Counts, means, and what they say by now."""
-        error = self.config.error
+        error, requests = self.config.error, await self.requests.read()
         found = compare(self.ratings["a"], self.ratings["b"], error=error)
         return {
             "name": self.name,
@@ -57,11 +58,11 @@ class Experiment:
                 {
                     "name": arm,
                     "route": self.route(arm),
-                    "requests": self.requests[arm],
+                    "requests": requests[arm],
                     "outcomes": self.ratings[arm].n,
                     "mean": self.ratings[arm].mean,
                 }
-                for arm in self.requests
+                for arm in self.ratings
             ],
             "difference": found.difference,
             "low": found.low,

@@ -62,11 +62,13 @@ class Learning:
         if lesson is None:
             return False
         experiment = self.experiments.get(lesson.experiment or "")
-        if experiment is not None and lesson.arm is not None:
+        # Arms may have been other routes when the answer was given.
+        of_arm = experiment and lesson.arm and experiment.route(lesson.arm) == lesson.route
+        if experiment is not None and lesson.arm is not None and of_arm:
             experiment.ratings[lesson.arm].add(reward)
         learner = self.learners.get(lesson.route)
         learnt = learner is not None and learner.learn(lesson, lesson.expert, reward)
-        return learnt or experiment is not None
+        return learnt or bool(of_arm)
 
     def learn_preference(self, better_id: str, worse_id: str) -> bool:
         """Learn that one answer was preferred to another of the same route.
@@ -77,8 +79,9 @@ class Learning:
         if better is None or worse is None or better.route != worse.route:
             return False
         learner = self.learners.get(better.route)
-        known = better.expert in better.priors and worse.expert in worse.priors
-        if learner is None or not known or better.expert == worse.expert:
+        if learner is None or better.expert == worse.expert:
+            return False
+        if not (learner.knows(better, better.expert) and learner.knows(worse, worse.expert)):
             return False
         assert better.expert is not None
         assert worse.expert is not None
@@ -115,7 +118,7 @@ class Learning:
                     learner.learn(lesson, call.expert, 0.0, weight=learner.config.error_weight)
         experiment = self.experiments.get(lesson.experiment or "")
         if experiment is not None and lesson.arm is not None:
-            experiment.requests[lesson.arm] += 1
+            experiment.requests.add(lesson.arm)
         lesson.expert = context.expert
         self.lessons.add(decision.id, lesson)
         self.on_lesson(decision.id, lesson)

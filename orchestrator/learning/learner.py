@@ -188,12 +188,22 @@ class Learner:
         self, lesson: Lesson, expert: str | None, reward: float, *, weight: float = 1.0
     ) -> bool:
         """Learn how good an expert's answer was; whether anything was learnt."""
-        if weight == 0 or lesson.features is None or expert not in lesson.priors:
+        if weight == 0 or not self.knows(lesson, expert):
             return False
         assert expert is not None
+        assert lesson.features is not None
         prior = lesson.priors[expert]
         self.bandit.update(lesson.features, expert, reward, prior, weight=weight)
         return True
+
+    def knows(self, lesson: Lesson, expert: str | None) -> bool:
+        """Whether it can learn from an answer: its config may have been another one at the time."""
+        return (
+            lesson.features is not None
+            and len(lesson.features) == self.bandit.n_features
+            and expert in lesson.priors
+            and expert in self.bandit.experts
+        )
 
     def expected(self, lesson: Lesson) -> float:
         """The quality it now expects of the answer."""

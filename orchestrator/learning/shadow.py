@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError
@@ -21,6 +21,9 @@ from orchestrator.errors import RequestError
 from orchestrator.learning.config import ShadowConfig
 from orchestrator.learning.learner import drawn
 from orchestrator.learning.sequential import Arm, mean_interval
+from orchestrator.learning.tally import Tally
+from orchestrator.memory.guard import Memory
+from orchestrator.options import RoutingOptions
 from orchestrator.strategies.calls import plain
 from orchestrator.strategies.judging import ExpertJudge
 
@@ -29,39 +32,37 @@ __all__ = ["Shadow", "ShadowOutcome", "Shadows"]
 logger = logging.getLogger("collegium.learning")
 
 ShadowOutcome = Literal["better", "equal", "worse", "failed", "dropped"]
-WORTH: dict[ShadowOutcome, float] = {"better": 1.0, "equal": 0.5, "worse": 0.0}
 # Probability of a wrong verdict, as experiments have it.
 ERROR = 0.05
-Answerer = Callable[[AnyRequest, str, RequestContext], Awaitable[Completion]]
+Answerer = Callable[[AnyRequest, RoutingOptions, RequestContext], Awaitable[Completion]]
 
 
 class Shadow:
-    """One route's shadow and what it has seen. Owned by the event loop.
+    """One route's shadow and what it has seen.
 
     Attributes:
         name: Of the route whose requests are copied.
-        wins: Outcomes of the shadow's answers: 1 where they were better, 0.5 where equal, 0 else.
-        counts: How often each outcome occurred.
+        counts: How often each outcome occurred, by all replicas.
     """
 
-    def __init__(self, name: str, config: ShadowConfig) -> None:
+    def __init__(self, name: str, config: ShadowConfig, memory: Memory) -> None:
         self.name = name
         self.config = config
-        self.wins = Arm()
-        self.counts: dict[ShadowOutcome, int] = {
-            "better": 0, "equal": 0, "worse": 0, "failed": 0, "dropped": 0
-        }  # fmt: skip
+        of = ("shadow", name, config.route, config.judge)
+        self.counts = Tally(memory, of, get_args(ShadowOutcome))
 
-    def note(self, outcome: ShadowOutcome) -> None:
-        """Count an outcome."""
-        self.counts[outcome] += 1
-        if outcome in WORTH:
-            self.wins.add(WORTH[outcome])
-
-    def results(self) -> dict[str, Any]:
+    async def results(self) -> dict[str, Any]:
         """Counts, the shadow's share of wins less one half, and what they say by now."""
-        low, high = mean_interval(self.wins, error=ERROR)
-        mean, compared = self.wins.mean, self.wins.n
+        counts = await self.counts.read()
+        better, worse = counts["better"], counts["worse"]
+        # A win is worth 1, a tie 0.5; each was guessed to be 0.5, so that no order matters.
+        wins = Arm(
+            better + worse + counts["equal"],
+            better + 0.5 * counts["equal"],
+            0.25 * (better + worse),
+        )
+        low, high = mean_interval(wins, error=ERROR)
+        mean, compared, copied = wins.mean, wins.n, sum(counts.values())
         verdict = "undecided"
         if low > 0.5 or high < 0.5:
             verdict = "b" if low > 0.5 else "a"
@@ -69,12 +70,12 @@ class Shadow:
             "name": self.name,
             "kind": "shadow",
             "arms": [
-                {"name": "a", "route": self.name, "requests": sum(self.counts.values()),
+                {"name": "a", "route": self.name, "requests": copied,
                  "outcomes": compared, "mean": None if mean is None else 1 - mean},
-                {"name": "b", "route": self.config.route, "requests": sum(self.counts.values()),
+                {"name": "b", "route": self.config.route, "requests": copied,
                  "outcomes": compared, "mean": mean},
             ],
-            "counts": dict(self.counts),
+            "counts": counts,
             "difference": None if mean is None else 2 * mean - 1,
             "low": 2 * low - 1,
             "high": 2 * high - 1,
@@ -90,6 +91,7 @@ class Shadows:
         configs: Of the routes that have a shadow, by name.
         answer_by: Has a request answered by a route.
         experts: By name, judges among them.
+        memory: Where outcomes are counted.
     """
 
     def __init__(
@@ -97,8 +99,9 @@ class Shadows:
         configs: Mapping[str, ShadowConfig],
         answer_by: Answerer,
         experts: Mapping[str, Expert],
+        memory: Memory,
     ) -> None:
-        self.shadows = {name: Shadow(name, config) for name, config in configs.items()}
+        self.shadows = {name: Shadow(name, config, memory) for name, config in configs.items()}
         self._answer_by = answer_by
         self._experts = experts
         self._tasks: dict[str, set[asyncio.Task[None]]] = {name: set() for name in configs}
@@ -122,7 +125,11 @@ class Shadows:
         return one and not restricted
 
     async def followed(
-        self, chunks: AsyncGenerator[Chunk, None], request: AnyRequest, decision: Decision
+        self,
+        chunks: AsyncGenerator[Chunk, None],
+        request: AnyRequest,
+        decision: Decision,
+        options: RoutingOptions | None,
     ) -> AsyncGenerator[Chunk, None]:
         """Pass an answer on, and compare it with the shadow's once it is given."""
         text: list[str] = []
@@ -134,9 +141,20 @@ class Shadows:
                 yield chunk
         # A judge of texts has nothing to say of a tool call.
         if not called:
-            self._begin(self.shadows[decision.route or ""], request, decision.id, "".join(text))
+            shadow = self.shadows[decision.route or ""]
+            own = (options or RoutingOptions()).model_copy(
+                update={"route": shadow.config.route, "session_id": None}
+            )
+            self._begin(shadow, request, own, decision.id, "".join(text))
 
-    def _begin(self, shadow: Shadow, request: AnyRequest, decision_id: str, given: str) -> None:
+    def _begin(
+        self,
+        shadow: Shadow,
+        request: AnyRequest,
+        options: RoutingOptions,
+        decision_id: str,
+        given: str,
+    ) -> None:
         tasks, config = self._tasks[shadow.name], shadow.config
         context = RequestContext(
             deadline=time.monotonic() + config.timeout_s, max_cost_usd=config.max_cost_usd
@@ -144,18 +162,21 @@ class Shadows:
         if len(tasks) >= config.max_in_flight or not self.has_room():
             self._note(shadow, "dropped", context)
             return
-        task = asyncio.create_task(self._compare(shadow, request, decision_id, given, context))
+        task = asyncio.create_task(
+            self._compare(shadow, request, options, decision_id, given, context)
+        )
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
     def _note(self, shadow: Shadow, outcome: ShadowOutcome, context: RequestContext) -> None:
-        shadow.note(outcome)
+        shadow.counts.add(outcome)
         self.listener(shadow.name, outcome, context)
 
     async def _compare(
         self,
         shadow: Shadow,
         request: AnyRequest,
+        options: RoutingOptions,
         decision_id: str,
         given: str,
         context: RequestContext,
@@ -163,9 +184,14 @@ class Shadows:
         outcome: ShadowOutcome = "failed"
         try:
             async with asyncio.timeout(shadow.config.timeout_s):
-                found = await self._answer_by(plain(request), shadow.config.route, context)
-                outcome = await self._judged(
-                    shadow.config.judge, request, given, found.text, context
+                found = await self._answer_by(plain(request), options, context)
+                # A judge of texts has nothing to say of a tool call, whosever it is.
+                outcome = (
+                    "dropped"
+                    if found.choices[0].tool_calls
+                    else await self._judged(
+                        shadow.config.judge, request, given, found.text, context
+                    )
                 )
         except (ExpertError, RequestError, TimeoutError) as error:
             logger.info("shadow of %s (%s): %s", shadow.name, decision_id, error)

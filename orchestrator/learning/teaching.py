@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 
 from orchestrator.errors import MemoryUnavailableError
@@ -14,6 +15,8 @@ from orchestrator.memory.feedback import Feedback
 from orchestrator.memory.guard import Memory
 
 __all__ = ["Teaching"]
+
+logger = logging.getLogger("collegium.learning")
 
 FEATURE = "learning"
 # An answer is rated within a day, or nothing is learnt from it.
@@ -50,12 +53,18 @@ class Teaching:
         if not self._learning.learns or now - self._looked < LOOK_S:
             return
         self._looked = now
-        task = asyncio.ensure_future(self._read())
+        task = asyncio.ensure_future(self.read())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def told(self, decision: DecisionRecord, feedback: Feedback) -> None:
-        """Take in feedback: if there is a lesson in it, all replicas learn it."""
+        """Take in feedback: if there is a lesson in it, all replicas learn it, once.
+
+        Raises:
+            MemoryUnavailableError: The store does not answer; said again, it may be learnt.
+        """
+        if not self._learning.learns:
+            return
         ids = [i for i in (feedback.decision_id, feedback.preferred_over) if i is not None]
         lessons = [await self._lesson(i) for i in ids]
         if not all(lessons):
@@ -68,8 +77,8 @@ class Teaching:
         }
         content = json.dumps(said).encode()
         store = self._memory.store
-        await self._memory.guarded(FEATURE, store.append(FEATURE, feedback.id, content), False)
-        await self._read()
+        await self._memory.required(FEATURE, store.append(FEATURE, feedback.id, content))
+        await self.read()
 
     def _keep(self, decision_id: str, lesson: Lesson) -> None:
         content = lesson.to_json().encode()
@@ -80,10 +89,11 @@ class Teaching:
         if found := self._learning.lessons.get(decision_id):
             return found
         store = self._memory.store
-        kept = await self._memory.guarded(FEATURE, store.get(f"lesson:{decision_id}"), None)
+        kept = await self._memory.required(FEATURE, store.get(f"lesson:{decision_id}"))
         return Lesson.of_json(kept.decode()) if kept else None
 
-    async def _read(self) -> None:
+    async def read(self) -> None:
+        """Learn what is new, as far as the store answers."""
         async with self._reading:
             try:
                 while True:
@@ -92,8 +102,12 @@ class Teaching:
                         self._memory.store.scan(FEATURE, after=self._seen, limit=AT_ONCE),
                     )
                     for id, content in found:
-                        self._learn(content)
                         self._seen = id
+                        try:
+                            self._learn(content)
+                        except Exception:
+                            # One record of another version must not end all learning.
+                            logger.exception("nothing is learnt from feedback %s", id)
                     if len(found) < AT_ONCE:
                         return
             except MemoryUnavailableError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from experts.base import AnyRequest
 from experts.types import ChatRequest, Completion
@@ -98,6 +99,7 @@ class ResponseCache:
         self._memory = memory
         self._fingerprint = fingerprint
         self._index = QuestionIndex(config.semantic, memory) if config.semantic else None
+        self._waiting: dict[str, bytes] = {}
 
     async def find(self, request: AnyRequest, options: RoutingOptions, scope: str) -> Lookup:
         """Look for an answer.
@@ -128,21 +130,34 @@ class ResponseCache:
         # Truncated answers and calls of tools are no answers to give again.
         if any(c.finish_reason != "stop" or c.tool_calls for c in answer.completion.choices):
             return
-        content = _ANSWER.dump_json(answer)
+        try:
+            content = _ANSWER.dump_json(answer)
+        except PydanticSerializationError:
+            return  # half an emoji, as some engines cut it, has no UTF-8
         if len(content) > self._config.max_answer_bytes:
             return
-        store, ttl_s = self._memory.store, self._config.ttl_s
-        self._memory.later(FEATURE, lambda: store.put(lookup.key, content, ttl_s=ttl_s))
+        # Whoever has just got an answer may ask again before it is written.
+        self._waiting[lookup.key] = content
+        if not self._memory.later(FEATURE, lambda: self._write(lookup.key, content)):
+            self._waiting.pop(lookup.key, None)
         if self._index is not None and lookup.question is not None:
-            self._index.keep(lookup.question, lookup.key, ttl_s)
+            self._index.keep(lookup.question, lookup.key, self._config.ttl_s)
 
     def close(self) -> None:
         """Free the semantic cache's thread."""
         if self._index is not None:
             self._index.close()
 
+    async def _write(self, key: str, content: bytes) -> None:
+        try:
+            await self._memory.store.put(key, content, ttl_s=self._config.ttl_s)
+        finally:
+            self._waiting.pop(key, None)
+
     async def _get(self, key: str) -> CachedAnswer | None:
-        content = await self._memory.guarded(FEATURE, self._memory.store.get(key), None)
+        content = self._waiting.get(key)
+        if content is None:
+            content = await self._memory.guarded(FEATURE, self._memory.store.get(key), None)
         try:
             return _ANSWER.validate_json(content) if content else None
         except ValidationError:
@@ -163,7 +178,8 @@ class ResponseCache:
         return {
             "scope": scope,
             "config": self._fingerprint,
-            "target": options.route or request.model,
+            # Not one name: an expert's may stand in ``model`` only.
+            "target": ["route", options.route] if options.route else ["model", request.model],
             "kind": "chat" if isinstance(request, ChatRequest) else "text",
             "options": {name: getattr(options, name) for name in _OPTIONS_IN_KEY},
             "request": request.model_dump(mode="json", exclude=_NOT_IN_KEY),

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from orchestrator.errors import FeedbackExistsError
+from orchestrator.errors import FeedbackExistsError, MemoryUnavailableError
 from orchestrator.memory.decisions import DecisionLog, DecisionRecord
 from orchestrator.memory.guard import Memory
 
@@ -79,8 +79,8 @@ class FeedbackLog:
         decisions: What it can be about.
 
     Attributes:
-        on_feedback: Are called for each that is new, where it is taken. Other replicas, and this
-            one after a restart, find it by ``since``.
+        on_feedback: Are called where it is taken, again if it is given again. Other replicas, and
+            this one after a restart, find it by ``since``.
     """
 
     def __init__(self, memory: Memory, decisions: DecisionLog) -> None:
@@ -110,10 +110,12 @@ class FeedbackLog:
             kept = FeedbackRecord.model_validate_json(earlier).feedback if earlier else feedback
             if kept.model_dump(exclude={"created"}) != feedback.model_dump(exclude={"created"}):
                 raise FeedbackExistsError(body.decision_id)
-            return kept
+            feedback = kept
         for callback in self.on_feedback:
             try:
                 await callback(decision, feedback)
+            except MemoryUnavailableError:
+                raise
             except Exception:
                 logger.exception("feedback was kept, but not everybody could use it")
         return feedback

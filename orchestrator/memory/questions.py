@@ -20,6 +20,8 @@ MAX_CHARACTERS = 2000
 
 _QUOTED = re.compile(
     r'"([^"]*)"|“([^”]*)”|«([^»]*)»|„([^“”]*)[“”]|`([^`]*)`|(?<!\w)\'([^\']+)\'(?!\w)'
+    r"|:\s+(?![\"“«„`'\s])(.+)",
+    re.DOTALL,
 )
 # Words with what joins them to names, addresses, times and calls; else single signs. A letter of a
 # script that puts no spaces between words is a word.
@@ -27,6 +29,8 @@ _TOKEN = re.compile(
     r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
     r"|(?:(?<!\S)--?)?\w+(?:[.,:/@'\u2019_-]+\w+)*(?:\(\))?|[=<>!]+|\S"
 )
+# Signs of formulas and code: brackets, factorials, ".5", slices, "f'(x)".
+_MARK = re.compile(r"\[[^\]]*\]|[()\[\]{}]|(?<=\d)!|(?<![\w.])\.(?=\d)|['\u2019](?=\()")
 # Ways to say "how to", and politeness around a question.
 _HOW_TO = re.compile(
     r"\b(?:the |a )?(?:best |right |good )?(?:ways?|steps?) (?:to|of)\b", re.IGNORECASE
@@ -296,16 +300,20 @@ class _Question:
     """A question taken apart.
 
     Attributes:
-        quotes: Quoted texts and code, in order.
+        quotes: Quoted texts and code, and what stands behind a colon, in order.
+        marks: Signs of formulas and code, in order.
         raw: What is outside of quotes, as it was written.
         words: The same in lower case, without signs, possessives and plurals.
         starts: Of each word, whether it begins a sentence.
+        ends: Of each word, whether it ends a part that may stand elsewhere.
     """
 
     quotes: tuple[str, ...]
+    marks: tuple[str, ...]
     raw: tuple[str, ...]
     words: tuple[str, ...]
     starts: tuple[bool, ...]
+    ends: tuple[bool, ...]
 
     @property
     def english(self) -> bool:
@@ -345,13 +353,33 @@ class _Question:
     @property
     def content(self) -> list[str]:
         """Words that say what it is about, by one name for what means the same."""
+        words = (self.words[place] for place in self._places)
+        return [_SYNONYMS.get(word, word) for word in words]
+
+    @property
+    def turned(self) -> list[list[str]]:
+        """The content, and as it reads with its first part behind the rest.
+
+        A part ends at a comma, a possessive or a number: "In git, how ...", "Peru's capital".
+        """
+        content, places = self.content, self._places
+        # Who bites whom, and what is greater, must stay.
+        movable = all(map(str.isalnum, content))
+        cuts = [
+            cut
+            for cut in range(1, len(places) if movable else 1)
+            if any(self.ends[places[cut - 1] : places[cut]]) or _is_number(content[cut])
+        ]
+        return [content, *(content[cut:] + content[:cut] for cut in cuts)]
+
+    @property
+    def _places(self) -> list[int]:
         _, said = self.asked
-        plain = (
-            word
+        return [
+            place
             for place, word in enumerate(self.words)
             if place != said and word not in _FUNCTION_WORDS and word not in _ASKING
-        )
-        return [_SYNONYMS.get(word, word) for word in plain]
+        ]
 
     def followers(self, word: str) -> set[str]:
         """The words that come first after this one, function words left out."""
@@ -373,6 +401,7 @@ def _question(text: str) -> _Question:
     raw: list[str] = []
     words: list[str] = []
     starts: list[bool] = []
+    ends: list[bool] = []
     begins = True
     said = _HOW_TO.sub("how to", _POLITE.sub(" ", _QUOTED.sub(keep, text)))
     for token in _TOKEN.findall(said):
@@ -381,8 +410,14 @@ def _question(text: str) -> _Question:
             raw.append(token)
             words.append(word)
             starts.append(begins)
+            ends.append(bool(_POSSESSIVE.search(token)))
+        elif token == "," and ends:
+            ends[-1] = True
         begins = token in _SENTENCE_END
-    return _Question(tuple(quotes), tuple(raw), tuple(words), tuple(starts))
+    marks = _MARK.findall(text)
+    return _Question(
+        tuple(quotes), tuple(marks), tuple(raw), tuple(words), tuple(starts), tuple(ends)
+    )
 
 
 def _plain(token: str) -> str:
@@ -398,6 +433,10 @@ def _plain(token: str) -> str:
 
 def _quotes(a: _Question, b: _Question) -> bool:
     return a.quotes != b.quotes
+
+
+def _marks(a: _Question, b: _Question) -> bool:
+    return a.marks != b.marks
 
 
 def _identifiers(a: _Question, b: _Question) -> bool:
@@ -434,6 +473,13 @@ def _names(a: _Question, b: _Question) -> bool:
     if set(one) & _FUNCTION_WORDS != set(other) & _FUNCTION_WORDS:
         return True
     both = set(one) & set(other)
+    # "CO" is no "Co", and "MB" no "Mb".
+    loud, louder = (
+        {word for token, word in zip(q.raw, q.words, strict=True) if token[1:2].isupper()}
+        for q in (a, b)
+    )
+    if both & (loud ^ louder):
+        return True
     return [n for n in one if n in both] != [n for n in other if n in both]
 
 
@@ -470,23 +516,21 @@ def _asked(a: _Question, b: _Question) -> bool:
         one, other = ({table[word] for word in q.words if word in table} for q in (a, b))
         if one and other and one != other:
             return True
-    return False
+    can, must = ({_MODES[word] for word in q.words if word in _MODES} for q in (a, b))
+    return {"can", "must"} <= can ^ must
 
 
 def _words(a: _Question, b: _Question) -> bool:
     if not (a.english and b.english):
         return a.words != b.words
-    one, other = a.content, b.content
-    if not one:
+    if not a.content:
         return a.words != b.words
-    # A part may move to the front ("In git, how ..."), but who bites whom must stay.
-    movable = all(map(str.isalnum, one))
-    turns = (one[place:] + one[:place] for place in range(len(one) if movable else 1))
-    return other not in turns
+    return b.content not in a.turned and a.content not in b.turned
 
 
 RULES: dict[str, Callable[[_Question, _Question], bool]] = {
     "quotes": _quotes,
+    "marks": _marks,
     "identifiers": _identifiers,
     "numbers": _numbers,
     "names": _names,

@@ -77,6 +77,7 @@ class _Scope:
         import numpy as np
 
         self.last: str | None = None
+        self.reading = asyncio.Lock()
         self.records: list[_Record] = []
         self._vectors = np.empty((0, width), np.float32)
         self._most = most
@@ -138,7 +139,6 @@ class QuestionIndex:
         # A missing model shows now, and loading it does not delay a request.
         self._encoder.encode(["warm-up"])
         self._scopes: OrderedDict[str, _Scope] = OrderedDict()
-        self._reading = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="semantic")
 
     async def question(self, text: str, scope: str, frame: str) -> Question:
@@ -155,8 +155,7 @@ class QuestionIndex:
 
     async def alike(self, question: Question) -> list[str]:
         """Keys of answers to questions that ask the same, closest first."""
-        async with self._reading:
-            await self._read_on(question.scope)
+        await self._read_on(question.scope)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._alike, question)
 
     def keep(self, question: Question, key: str, ttl_s: float) -> None:
@@ -196,23 +195,31 @@ class QuestionIndex:
             scope = _Scope(self._encoder.width, self._config.max_questions)
             self._scopes[name] = scope
         self._scopes.move_to_end(name)
+        if scope.reading.locked():
+            return  # with what is there: waiting for others' reading has no bound
+        async with scope.reading:
+            await self._read(name, scope)
+        while len(self._scopes) > 1 and self._size > MAX_QUESTIONS:
+            self._scopes.popitem(last=False)
+
+    async def _read(self, name: str, scope: _Scope) -> None:
         scan = self._memory.store.scan(_log(name), after=scope.last, limit=SCANNED_AT_ONCE)
         nothing: list[tuple[str, bytes]] = []
         records = await self._memory.guarded(FEATURE, scan, nothing)
         if records:
-            scope.last = records[-1][0]
             await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._take_in, scope, [content for _, content in records]
+                self._thread, self._take_in, scope, records
             )
-        while len(self._scopes) > 1 and self._size > MAX_QUESTIONS:
-            self._scopes.popitem(last=False)
 
     @property
     def _size(self) -> int:
         return sum(len(scope.records) for scope in self._scopes.values())
 
-    def _take_in(self, scope: _Scope, contents: list[bytes]) -> None:
-        scope.extend([one for one in map(self._parsed, contents) if one is not None])
+    def _take_in(self, scope: _Scope, records: list[tuple[str, bytes]]) -> None:
+        found = (self._parsed(content) for _, content in records)
+        scope.extend([one for one in found if one is not None])
+        # Here, since whoever reads may be cancelled before this begins.
+        scope.last = records[-1][0]
 
     def _parsed(self, content: bytes) -> tuple[_Record, NDArray[np.float32]] | None:
         import numpy as np

@@ -25,6 +25,16 @@ OPEN_S = 10.0
 # Expired rows are not seen, so it does not matter much when they go.
 PURGE_EVERY_S = 30.0
 
+# Values that are kept of those with a time to live; of more, those whose time is over first go.
+MAX_VALUES = 100_000
+
+_BOUND = """
+DELETE FROM entries WHERE kind = 'value' AND expires <= (
+    SELECT expires FROM entries WHERE kind = 'value' AND expires < 9e999
+    ORDER BY expires DESC LIMIT 1 OFFSET ?
+)
+"""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     kind TEXT NOT NULL, key BLOB NOT NULL, value NOT NULL, expires REAL NOT NULL,
@@ -187,6 +197,7 @@ class SQLiteStore:
         if time.monotonic() - self._purged > PURGE_EVERY_S:
             self._purged = time.monotonic()
             self._database.execute("DELETE FROM entries WHERE expires <= ?", (time.time(),))
+            self._database.execute(_BOUND, (MAX_VALUES,))
         return work()
 
 

@@ -35,7 +35,9 @@ _AFTER = _BEFORE + ".,;:!?"
 _OPTION = re.compile(r"[(\[]?([a-z])[)\]]?")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _MARKER = re.compile(
-    r"\banswer\b[ \t*]*(?:(?:is\b)?[ \t*]*[:=][ \t*]*\n?|is\b)[ \t*]*(?P<answer>[^\n]*\S)", re.I
+    # Possessive, or an answer that ends in a thousand spaces would take seconds.
+    r"\banswer\b[ \t*]*+(?:(?:is\b)?+[ \t*]*+[:=][ \t*]*+\n?+|is\b)[ \t*]*+(?P<answer>[^\n]*\S)",
+    re.I,
 )
 _FENCED = re.compile(r"\A\s*```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
 
@@ -152,11 +154,11 @@ def _json_key(text: str, *, containers_only: bool) -> str | None:
         text = fenced[1]
     try:
         value = _loads(text)
+        if containers_only and not isinstance(value, dict | list):
+            return None
+        return _VALUES[1] + json.dumps(_plain(value), sort_keys=True)
     except (ValueError, ArithmeticError, RecursionError):
         return None
-    if containers_only and not isinstance(value, dict | list):
-        return None
-    return _VALUES[1] + json.dumps(_plain(value), sort_keys=True)
 
 
 def _call_key(call: dict[str, Any]) -> str:

@@ -12,11 +12,12 @@ from pydantic import Field
 
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError
-from experts.types import ChatRequest, Chunk, Message
+from experts.types import ChatRequest, Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.strategies.calls import Answer, Failure, another_may_answer, answer, play
-from orchestrator.strategies.judging import ExpertJudge, Judge, Verdict, mark_of, marked, spoken
+from orchestrator.strategies.judging import ExpertJudge, Judge, Verdict, spoken
+from orchestrator.strategies.prompting import appended, marked
 from orchestrator.strategies.several import (
     SeveralStrategy,
     answers_in_time,
@@ -216,10 +217,5 @@ class _Contest:
 
 
 def _with_critique(request: ChatRequest, best: Answer, critique: str) -> ChatRequest:
-    given = spoken(best.completion)
-    mark = mark_of(given, critique)
-    text = _RETRY.format(
-        answer=marked("answer", mark, given), critique=marked("review", mark, critique)
-    )
-    messages = [*request.messages, Message(role="user", content=text)]
-    return request.model_copy(update={"messages": messages})
+    given, review = marked(("answer", spoken(best.completion)), ("review", critique))
+    return appended(request, _RETRY.format(answer=given, critique=review))

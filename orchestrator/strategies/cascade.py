@@ -23,6 +23,7 @@ from orchestrator.strategies.calls import (
     another_may_answer,
     answer,
     expected_usd,
+    held_back,
     play,
     stream_one,
 )
@@ -135,22 +136,15 @@ class CascadeStrategy(Strategy):
         error: ExpertError | CostLimitError | None = None
         while (place := walk.next(limits.fitting(walk))) is not None:
             name = walk.names[place]
-            held: list[Chunk] = []
             begun = False
             try:
                 after = limits.fitting(walk, after=place)
                 if walk.settled(place, after, shaped=shape_wanted(request)):
-                    async with aclosing(stream_one(name, request, experts, context)) as stream:
-                        async for chunk in stream:
-                            if chunk.usage is not None:
-                                chunk.usage = context.usage
-                            begun = begun or request.stream
-                            if begun:
-                                yield chunk
-                            else:
-                                held.append(chunk)
-                    for chunk in held:
-                        yield chunk
+                    chunks = stream_one(name, request, experts, context)
+                    async with aclosing(held_back(chunks, request, context)) as pieces:
+                        async for piece in pieces:
+                            begun = True
+                            yield piece
                     return
                 judged = walk.judged(place)
                 wanted = with_signal(request, self.signal) if judged else request
@@ -212,7 +206,7 @@ class CascadeStrategy(Strategy):
             for name in decision.experts
             if self.signal in ("verify", "judge") or "logprobs" in experts[name].card.capabilities
         ]
-        at_most = decision.width if decision.width > 1 else self.max_answers
+        at_most = decision.width or self.max_answers
         return Walk(self, decision.experts, known, charges, costs, able=able, at_most=at_most)
 
 

@@ -26,7 +26,7 @@ from orchestrator.strategies.calls import (
     stream_one,
 )
 from orchestrator.strategies.fallback import FallbackStrategy
-from orchestrator.strategies.prompting import appended, quoted
+from orchestrator.strategies.prompting import appended, marked
 from orchestrator.strategies.pump import ticking, with_progress
 from routers.base import RouterError
 
@@ -69,7 +69,7 @@ class ChainStrategy(Strategy):
     progress_s: float = Field(default=10.0, gt=0)
     """Seconds after which a waiting client's stream gets a comment, so that no proxy gives up."""
 
-    async def run(
+    def run(
         self,
         request: AnyRequest,
         decision: Decision,
@@ -77,13 +77,9 @@ class ChainStrategy(Strategy):
         context: RequestContext,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the last step's answer."""
-        if isinstance(request, ChatRequest) and request.n == 1:
-            chunks = _Chain(self, request, decision, experts, context).run()
-        else:
-            chunks = FallbackStrategy().run(request, decision, experts, context)
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
+        if not isinstance(request, ChatRequest) or request.n > 1:
+            return FallbackStrategy().run(request, decision, experts, context)
+        return _Chain(self, request, decision, experts, context).run()
 
 
 @dataclass(slots=True)
@@ -115,12 +111,19 @@ class _Chain:
             names = await self._next()
         begun = False
         if not self.ended:
+            silent: list[Chunk] = []
             try:
                 async with aclosing(self._last(names[0])) as chunks:
                     async for chunk in chunks:
-                        begun = begun or chunk.progress is None
+                        begun = begun or bool(chunk.text.strip() or chunk.tool_calls)
+                        if not begun and chunk.progress is None:
+                            silent.append(chunk)
+                            continue
+                        while silent:
+                            yield silent.pop(0)
                         yield chunk
-                return
+                if begun:
+                    return
             except (ExpertError, CostLimitError) as error:
                 if begun:
                     raise
@@ -176,7 +179,8 @@ class _Chain:
     def _improving(self) -> ChatRequest:
         if self.draft is None:
             return self.request
-        return appended(self.request, IMPROVE.format(draft=quoted("draft", self.draft.text)))
+        (draft,) = marked(("draft", self.draft.text))
+        return appended(self.request, IMPROVE.format(draft=draft))
 
     async def _next(self) -> Sequence[str]:
         """Who improves the draft: by a new decision, else whoever wrote it."""

@@ -11,6 +11,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from experts.types import ChatRequest, Choice, Completion
 from orchestrator.decision import RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.strategies.calls import Answer, answer, asking
-from orchestrator.strategies.judging import ExpertJudge, conversation, mark_of, marked, spoken
+from orchestrator.strategies.judging import ExpertJudge, conversation, spoken
+from orchestrator.strategies.prompting import marked
 from orchestrator.strict import StrictModel
 
 __all__ = [
@@ -122,7 +124,7 @@ def without_signal(completion: Completion, request: ChatRequest) -> Completion:
     choices = []
     for one in completion.choices:
         logprobs = _trimmed(one.logprobs, request.top_logprobs or 0) if request.logprobs else None
-        choices.append(Choice(one.text, one.tool_calls, one.finish_reason, logprobs))
+        choices.append(replace(one, logprobs=logprobs))
     return Completion(choices, completion.usage)
 
 
@@ -182,7 +184,7 @@ def unusable(request: ChatRequest, completion: Completion) -> bool:
         return False
     try:
         json.loads(choice.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
@@ -217,12 +219,8 @@ async def confidence_of(
     if signal == "judge":
         assert judge is not None, "the strategy's config names one"
         return (await ExpertJudge(judge, experts, context).grade(request, found.completion)).score
-    asked, given = conversation(request), spoken(found.completion)
-    mark = mark_of(asked, given)
-    text = VERIFY.format(
-        question=marked("question", mark, asked), answer=marked("answer", mark, given)
-    )
-    question = asking(text, max_tokens=REPLY_TOKENS)
+    asked, given = marked(("question", conversation(request)), ("answer", spoken(found.completion)))
+    question = asking(VERIFY.format(question=asked, answer=given), max_tokens=REPLY_TOKENS)
     if "logprobs" in experts[found.expert].card.capabilities:
         question = question.model_copy(update={"logprobs": True, "top_logprobs": ALTERNATIVES})
     try:

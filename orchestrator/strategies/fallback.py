@@ -15,7 +15,7 @@ from experts.types import Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.strategies.base import Strategy
-from orchestrator.strategies.calls import another_may_answer, stream_one
+from orchestrator.strategies.calls import another_may_answer, held_back, stream_one
 
 __all__ = ["FallbackStrategy"]
 
@@ -58,22 +58,16 @@ class FallbackStrategy(Strategy):
         others = [name for name in self.fallbacks.get(chosen, others) if name in able]
         attempts = [chosen, *others][: self.max_attempts]
         for attempt, name in enumerate(attempts, start=1):
-            held: list[Chunk] = []
             begun = False
+            chunks = stream_one(name, request, experts, context)
             try:
-                async with aclosing(stream_one(name, request, experts, context)) as stream:
-                    async for chunk in stream:
-                        if request.stream:
-                            begun = True
-                            yield chunk
-                        else:
-                            held.append(chunk)
+                async with aclosing(held_back(chunks, request, context)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
             except (ExpertError, CostLimitError) as error:
                 last = attempt == len(attempts) or context.remaining_s <= 0
                 if begun or last or not another_may_answer(error):
                     raise
                 logger.warning("expert %s failed, trying the next: %s", name, error)
-            else:
-                for chunk in held:
-                    yield chunk
-                return

@@ -32,7 +32,7 @@ from orchestrator.strategies.calls import (
     stream_one,
 )
 from orchestrator.strategies.fallback import FallbackStrategy
-from orchestrator.strategies.prompting import appended, free_text, quoted
+from orchestrator.strategies.prompting import appended, free_text, marked
 from orchestrator.strategies.pump import ticking, with_progress
 
 __all__ = ["FusionStrategy"]
@@ -131,7 +131,7 @@ class FusionStrategy(Strategy):
         """The aggregator, if it is named."""
         return () if self.aggregator is None else (self.aggregator,)
 
-    async def run(
+    def run(
         self,
         request: AnyRequest,
         decision: Decision,
@@ -139,17 +139,12 @@ class FusionStrategy(Strategy):
         context: RequestContext,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the aggregator's answer, after comments on the panel's progress."""
-        work = None
         if isinstance(request, ChatRequest) and request.n == 1:
             aggregator = self.aggregator or decision.experts[0]
             work = _Fusion(self, request, decision, experts, context, aggregator)
-        if work is None or not work.panel:
-            chunks = FallbackStrategy().run(request, decision, experts, context)
-        else:
-            chunks = work.run()
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
+            if work.panel:
+                return work.run()
+        return FallbackStrategy().run(request, decision, experts, context)
 
 
 @dataclass(slots=True)
@@ -173,7 +168,7 @@ class _Fusion:
     answers: list[Answer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        width = self.decision.width if self.decision.width > 1 else self.config.experts
+        width = self.decision.width or self.config.experts
         names = self.decision.experts[: min(width, MAX_PANEL)]
         while names and not self.context.affords(self._expected_usd(names)):
             names = names[:-1]
@@ -274,10 +269,9 @@ class _Fusion:
         def mixed(answer: Answer) -> bytes:
             return hashlib.sha256(f"{answer.expert}\n{question}".encode(errors="replace")).digest()
 
-        return "\n\n".join(
-            quoted("answer", answer.text, letter)
-            for letter, answer in zip(ascii_uppercase, sorted(found, key=mixed), strict=False)
-        )
+        texts = [answer.text for answer in sorted(found, key=mixed)]
+        names = [f"answer {letter}" for letter in ascii_uppercase]
+        return "\n\n".join(marked(*zip(names, texts, strict=False)))
 
     async def _written_by(self, writer: str) -> AsyncGenerator[Chunk, None]:
         shown = {"answers": self._shown(self.answers)}
@@ -290,7 +284,7 @@ class _Fusion:
                     if isinstance(item, Exception):
                         raise item
                     if item is not None:
-                        shown["notes"] = quoted("notes", item.text)
+                        (shown["notes"],) = marked(("notes", item.text))
                     yield Chunk(progress="the answers are compared")
             prompt = WRITE
         text = prompt.format(**shown)

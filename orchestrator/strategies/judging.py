@@ -8,7 +8,6 @@ any. A judge that fails or cannot be understood abstains; it never fails a reque
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from experts.types import ChatRequest, Completion
 from orchestrator.decision import RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.strategies.calls import answer, asking
+from orchestrator.strategies.prompting import marked
 
 __all__ = [
     "UNREADABLE",
@@ -28,8 +28,6 @@ __all__ = [
     "Judge",
     "Verdict",
     "conversation",
-    "mark_of",
-    "marked",
     "spoken",
 ]
 
@@ -68,8 +66,8 @@ Better: LETTER"""
 
 # What may stand before a verdict in its line, and between its name and its value.
 _START, _GAP = (
-    r"^[\s*#_>-]*(?:final |overall )?",
-    r"(?:\s*\([^)\n]*\))?[^\w\n-]*(?:is\b|of\b)?[^\w\n-]*",
+    r"^[ \t*#_>-]*+(?:final |overall )?",
+    r"(?:\s*+\([^)\n]*\))?[^\w\n-]*+(?:is\b|of\b)?+[^\w\n-]*+",
 )
 _NUMBER = r"(-?\d+(?:[.,]\d+)?)"
 _GRADE_NAME, _BETTER_NAME = r"(?:grade|score|rating)", r"(?:better|best|winner|verdict)"
@@ -150,15 +148,12 @@ class ExpertJudge:
 
     async def grade(self, request: AnyRequest, completion: Completion) -> Verdict:
         """How good an answer is, from 0 (useless) to 1 (perfect)."""
-        question, given = conversation(request), spoken(completion)
-        mark = mark_of(question, given)
+        asked, given = conversation(request), spoken(completion)
+        question, answer = marked(("question", asked), ("answer", given))
         prompt = _GRADE_PROMPT.format(
-            rules=_RULES,
-            question=marked("question", mark, question),
-            answer=marked("answer", mark, given),
-            full=_FULL_MARKS,
+            rules=_RULES, question=question, answer=answer, full=_FULL_MARKS
         )
-        return await self._ask(prompt, (given, question), _grade)
+        return await self._ask(prompt, (given, asked), _grade)
 
     async def compare(self, request: AnyRequest, first: Completion, second: Completion) -> Verdict:
         """Which of two answers is better: 1 the first, 0 the second, 0.5 neither."""
@@ -174,15 +169,10 @@ class ExpertJudge:
     async def _in_order(
         self, request: AnyRequest, first: Completion, second: Completion
     ) -> Verdict:
-        question, one, two = conversation(request), spoken(first), spoken(second)
-        mark = mark_of(question, one, two)
-        prompt = _COMPARE_PROMPT.format(
-            rules=_RULES,
-            question=marked("question", mark, question),
-            first=marked("answer A", mark, one),
-            second=marked("answer B", mark, two),
-        )
-        return await self._ask(prompt, (one, two, question), _share)
+        asked, one, two = conversation(request), spoken(first), spoken(second)
+        question, a, b = marked(("question", asked), ("answer A", one), ("answer B", two))
+        prompt = _COMPARE_PROMPT.format(rules=_RULES, question=question, first=a, second=b)
+        return await self._ask(prompt, (one, two, asked), _share)
 
     async def _ask(self, prompt: str, material: tuple[str, ...], read: _Reader) -> Verdict:
         # A call is noted before anything else can run, so this will be its place.
@@ -221,17 +211,6 @@ def spoken(completion: Completion) -> str:
 def _with_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str:
     lines = [json.dumps(call.get("function", {}), sort_keys=True) for call in calls]
     return "\n".join(filter(None, (text.strip(), *(f"tool call: {line}" for line in lines))))
-
-
-def mark_of(*texts: str) -> str:
-    """A mark that none of the texts holds."""
-    # By hash: the same prompt for the same texts, so that a verdict can be repeated.
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:12]
-
-
-def marked(name: str, mark: str, text: str) -> str:
-    """A text as material in a prompt, between marks it cannot know; see ``mark_of``."""
-    return f"[{name} {mark}]\n{text}\n[end of {name} {mark}]"
 
 
 def _without_quotes(said: str, material: tuple[str, ...]) -> str:

@@ -1,17 +1,17 @@
 """Requests that strategies make of a client's: with other experts' words in them, or in free text.
 
-Other experts' words are data between delimiters, which they cannot close, and they stand in the
+Other experts' words are data between marks they cannot know, word for word, and they stand in the
 last user message, where no expert takes them for its operator's.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
 from typing import Any
 
 from experts.types import ChatRequest, ContentPart, Message
 
-__all__ = ["appended", "free_text", "quoted"]
+__all__ = ["appended", "free_text", "marked"]
 
 # What makes an answer anything but one text.
 _FORM_FIELDS: dict[str, Any] = {
@@ -52,8 +52,12 @@ def appended(request: ChatRequest, text: str) -> ChatRequest:
     return request.model_copy(update={"messages": messages})
 
 
-def quoted(tag: str, text: str, label: str = "") -> str:
-    """A text as data between tags, which it cannot close itself."""
-    safe = re.sub(rf"<(?=\s*/?\s*{tag}\b)", "&lt;", text, flags=re.IGNORECASE)
-    name = f' name="{label}"' if label else ""
-    return f"<{tag}{name}>\n{safe}\n</{tag}>"
+def marked(*material: tuple[str, str]) -> list[str]:
+    """Texts as material in a prompt, each under a name, between marks that none of them holds.
+
+    By hash of all of them: whoever changes a text changes the mark around it, and the same texts
+    make the same prompt, so that an answer can be repeated.
+    """
+    whole = "\0".join(text for _, text in material)
+    mark = hashlib.sha256(whole.encode("utf-8", "replace")).hexdigest()[:12]
+    return [f"[{name} {mark}]\n{text}\n[end of {name} {mark}]" for name, text in material]

@@ -18,6 +18,7 @@ from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.calls import Answer, Failure, another_may_answer, answers
 from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.pump import ticking
 
 __all__ = ["MAX_ANSWERS", "SeveralStrategy", "answers_in_time", "predicted", "preference", "ticks"]
 
@@ -100,7 +101,7 @@ class SeveralStrategy(Strategy):
 
     def calls(self, request: AnyRequest, decision: Decision) -> list[tuple[str, AnyRequest]]:
         """Whom to ask what: every expert once before any is asked again."""
-        width = decision.width if decision.width > 1 else self.experts
+        width = decision.width or self.experts
         names = decision.experts[:width]
         if self.samples == 1:
             return [(name, request) for name in names]
@@ -142,13 +143,13 @@ async def answers_in_time(
     """
     end = time.monotonic() + share * context.remaining_s
     answered = False
-    async with aclosing(answers(calls, experts, context)) as coming:
-        while True:
-            following = asyncio.ensure_future(anext(coming, None))
-            async with aclosing(ticks(following, until=end if answered else None)) as waiting:
-                async for _ in waiting:
-                    yield None
-            if following.cancelled() or (found := following.result()) is None:
+
+    def pause_s() -> float:
+        return max(0.0, min(TICK_S, end - time.monotonic())) if answered else TICK_S
+
+    async with aclosing(ticking(answers(calls, experts, context), pause_s)) as coming:
+        async for found in coming:
+            if found is None and answered and time.monotonic() >= end:
                 return
             answered = answered or isinstance(found, Answer)
             yield found

@@ -60,7 +60,7 @@ class Run:
         stream: bool = True,
         timeout_s: float = 5.0,
         max_cost: float | None = None,
-        width: int = 1,
+        width: int | None = None,
         prompt: str | None = None,
         **fields: Any,
     ) -> None:

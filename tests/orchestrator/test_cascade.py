@@ -73,7 +73,7 @@ class Run:
         charges: Sequence[float] | None = None,
         timeout_s: float = 5.0,
         max_cost_usd: float | None = None,
-        width: int = 1,
+        width: int | None = None,
         **request: Any,
     ) -> None:
         self.experts = {one.card.name: one for one in experts}

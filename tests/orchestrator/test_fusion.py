@@ -133,7 +133,7 @@ async def test_answers_cannot_end_their_own_delimiters():
 
 async def test_the_decisions_width_goes_before_the_config():
     panel = [writer("a"), *(member(name) for name in "bcde")]
-    for width, asked in ((1, "ab"), (4, "abcd")):
+    for width, asked in ((None, "ab"), (1, "a"), (4, "abcd")):
         run = Run(fusion(experts=2), panel, width=width)
         await run.answer()
         assert "".join(run.calls("panel")) == asked

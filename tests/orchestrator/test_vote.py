@@ -276,7 +276,7 @@ async def test_experts_and_samples_together_ask_each_expert_before_any_again():
     assert run.context.path == ["a", "b", "a", "b"]
 
 
-@pytest.mark.parametrize(("width", "path"), [(1, "abc"), (2, "ab"), (4, "abcd")])
+@pytest.mark.parametrize(("width", "path"), [(None, "abc"), (1, "a"), (2, "ab"), (4, "abcd")])
 async def test_the_decision_says_how_many_vote(width, path):
     experts = [scripted(n, answer=n) for n in "abcde"]
     run = StrategyRun(VOTE, experts, decided={"width": width})
