@@ -93,6 +93,8 @@ def _engine(entry: ExpertConfig) -> Application | None:
         # outlives a crashed replica if there is none.
         cpus = max(entry.deployment.num_cpus, 0.001)
         options["placement_group_bundles"] = [{"CPU": cpus}]
+    bundles = options["placement_group_bundles"]
+    bundles[0] = {**bundles[0], **_reserved(options["ray_actor_options"])}
     return serve.deployment(VLLMServer, name=name, **options).bind(data)
 
 
@@ -117,6 +119,12 @@ def _options(deployment: DeploymentConfig) -> dict[str, Any]:
             else {"num_replicas": deployment.num_replicas or 1}
         ),
     }
+
+
+def _reserved(actor: dict[str, Any]) -> dict[str, float]:
+    """What a replica asks for beside CPUs and GPUs: its placement group must hold it too."""
+    memory = {"memory": actor["memory"]} if "memory" in actor else {}
+    return {**actor.get("resources", {}), **memory}
 
 
 def _with_environment(entry: VLLMExpertConfig) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def with_engine(config: CollegiumConfig, engine: str) -> CollegiumConfig:
             ):
                 entry.pop(key, None)
             entry["engine"] = engine
+        if entry["engine"] == engine:
             entry["device"] = "cpu"
     return parse_config(data)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.handles import HandleExpert
-from deployments.vllm_server import is_remote
+from deployments.vllm_server import is_remote, multiplexed_model_id
 from experts.base import Expert
 from experts.config import RetrieverExpertConfig, cards_of
 from experts.registry import open_experts
@@ -72,6 +72,6 @@ def _experts(
             continue
         for card in cards_of(entry):
             remote = card.adapter is not None and is_remote(card.adapter)
-            model_id = f"{entry.name}:{card.name}" if remote else None
+            model_id = multiplexed_model_id(entry.name, card.adapter or "") if remote else None
             experts[card.name] = HandleExpert(card, handle, multiplexed_model_id=model_id)
     return with_retrievers(config, experts)

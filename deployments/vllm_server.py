@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 from deployments.batching import Batch, in_batches
@@ -18,12 +20,15 @@ from experts.errors import (
     ContextLengthError,
     ExpertConfigError,
     ExpertFailedError,
+    ExpertOverloadedError,
     ExpertTimeoutError,
+    ExpertUnavailableError,
     InvalidRequestError,
 )
 from experts.types import ChatRequest, Chunk, Usage
+from orchestrator.options import RoutingOptions
 
-__all__ = ["VLLMServer", "llm_config", "vllm_environment"]
+__all__ = ["VLLMServer", "is_remote", "llm_config", "multiplexed_model_id", "vllm_environment"]
 
 # LoRA ranks that vLLM has kernels for.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,6 +39,11 @@ _REMOTE = ("s3://", "gs://", "abfss://", "azure://")
 def is_remote(path: str) -> bool:
     """Whether a path names cloud storage, which Ray Serve LLM reads by itself."""
     return path.startswith(_REMOTE)
+
+
+def multiplexed_model_id(model: str, adapter_path: str) -> str:
+    """What Ray Serve LLM calls a cloud adapter: its folder's name is where it is loaded from."""
+    return f"{model}:{adapter_path.rstrip('/').rpartition('/')[2]}"
 
 
 def vllm_environment(config: VLLMExpertConfig) -> dict[str, str]:
@@ -77,7 +87,8 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
     if config.adapters:
         engine_kwargs["enable_lora"] = True
         engine_kwargs["max_loras"] = _adapter_slots(config)
-        engine_kwargs["max_lora_rank"] = _max_rank(adapter_paths)
+        if len(adapter_paths) == len(config.adapters):
+            engine_kwargs["max_lora_rank"] = _max_rank(adapter_paths)
     fields: dict[str, Any] = {
         "model_loading_config": {"model_id": config.name, "model_source": model_source},
         "engine_kwargs": {**engine_kwargs, **config.engine_kwargs},
@@ -133,6 +144,10 @@ def _max_rank(adapter_paths: dict[str, str]) -> int:
             raise ExpertConfigError(
                 f"{path!r} is no PEFT adapter: it needs an adapter_config.json with 'r'"
             ) from error
+    if max(ranks) > _RANKS[-1]:
+        raise ExpertConfigError(
+            f"an adapter has rank {max(ranks)}; vLLM takes {_RANKS[-1]} at most"
+        )
     return next(rank for rank in _RANKS if rank >= max(ranks))
 
 
@@ -175,7 +190,11 @@ class VLLMServer:
             for adapter in self._config.adapters
             if not is_remote(adapter.path)
         }
-        self._remote = {a.name for a in self._config.adapters if is_remote(a.path)}
+        self._remote = {
+            adapter.name: multiplexed_model_id(self._config.name, adapter.path)
+            for adapter in self._config.adapters
+            if is_remote(adapter.path)
+        }
         await self._start()
 
     async def _start(self) -> None:
@@ -235,11 +254,15 @@ class VLLMServer:
         body = request.model_dump(exclude_unset=True, by_alias=True)
         body["model"] = expert
         if expert in self._remote:
-            body["model"] = f"{self._config.name}:{expert}"
+            body["model"] = self._remote[expert]
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}
         if request.token_limit is None:
             body["max_tokens"] = self._config.default_max_tokens
+        if self._config.engine_kwargs.get("scheduling_policy") == "priority":
+            # The least number goes first; vLLM's other policy refuses any but 0.
+            low = isinstance(request, RoutingOptions) and request.priority == "low"
+            body["priority"] = int(low)
         try:
             if isinstance(request, ChatRequest):
                 return await self._server.chat(ChatCompletionRequest(**body))
@@ -290,10 +313,19 @@ def _chunks(expert: str, item: Any) -> list[Chunk]:
 def _error(expert: str, body: dict[str, Any]) -> Exception:
     error = body.get("error", body)
     message, status = str(error.get("message", "")), error.get("code")
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        return ExpertUnavailableError(expert, message)
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return ExpertOverloadedError(expert)
     if isinstance(status, int) and 400 <= status < 500:
-        if "context length" in message or "max_model_len" in message:
-            numbers = [int(word) for word in message.replace(",", " ").split() if word.isdigit()]
-            if len(numbers) >= 2:
-                return ContextLengthError(expert, max(numbers), min(numbers))
+        if limit := re.search(r"context length (?:is|of) (\d+)", message):
+            # A prompt of very many characters is refused before its tokens are counted.
+            counted = re.search(
+                r"(?:total of|contains) (?:at least )?(\d+) (?:input )?tokens", message
+            )
+            least = int(limit[1]) + 1
+            return ContextLengthError(
+                expert, max(least, int(counted[1]) if counted else 0), int(limit[1])
+            )
         return InvalidRequestError(message, error.get("param"))
     return ExpertFailedError(expert, message)

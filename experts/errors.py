@@ -39,7 +39,10 @@ def _rebuild(cls: Callable[..., ExpertError], facts: dict[str, Any]) -> ExpertEr
 
 
 class ExpertError(Exception):
-    """Base of all expert errors. Subclasses take facts and build their own sentence."""
+    """An expert failed in a way that no other error names.
+
+    The base of all expert errors; subclasses take facts and build their own sentence.
+    """
 
     retryable: ClassVar[bool] = False
 
@@ -78,7 +81,7 @@ class ContextLengthError(InvalidRequestError):
 
     def __init__(self, expert: str, tokens: int, limit_tokens: int) -> None:
         message = (
-            f"this request needs {tokens} tokens but expert {expert!r} has a context of "
+            f"this request needs at least {tokens} tokens but expert {expert!r} has a context of "
             f"{limit_tokens}; shorten the messages or lower max_tokens"
         )
         super().__init__(message, "messages")

@@ -39,7 +39,7 @@ from orchestrator.policies import PolicyConfig, UtilityPolicy
 from orchestrator.pool import Conversation
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.registry import AnyStrategy
-from orchestrator.strict import StrictModel
+from orchestrator.strict import StrictModel, default_type
 
 __all__ = [
     "ArtefactRouterConfig",
@@ -91,7 +91,11 @@ class StaticRouterConfig(StrictModel):
     """Expected score of each expert, in [0, 1]."""
 
 
-RouterConfig = Annotated[ArtefactRouterConfig | StaticRouterConfig, Field(discriminator="type")]
+RouterConfig = Annotated[
+    ArtefactRouterConfig | StaticRouterConfig,
+    Field(discriminator="type"),
+    default_type("artefact"),
+]
 
 
 class RouteConfig(StrictModel):
@@ -189,7 +193,8 @@ class RayConfig(StrictModel):
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> RayConfig:
-        if self.ingress_autoscaling is not None and "ingress_replicas" in self.model_fields_set:
+        # Not model_fields_set: replicas get the whole config, with its defaults written out.
+        if self.ingress_autoscaling is not None and self.ingress_replicas != 1:
             raise ValueError(
                 f"ingress_replicas ({self.ingress_replicas}) and ingress_autoscaling exclude each "
                 "other; leave one out"
@@ -265,9 +270,10 @@ class CollegiumConfig(StrictModel):
     @model_validator(mode="after")
     def _embedders_hold(self) -> CollegiumConfig:
         for name in self.embedders:
-            if name == "auto" or name in self.routes or name in self.cards():
+            taken = self.routes.keys() | self.experiments.keys() | self.cards().keys()
+            if name == "auto" or name in taken:
                 raise ValueError(
-                    f"{name!r} names an embedder and a route or an expert; rename one"
+                    f"{name!r} names an embedder and a route, experiment or expert; rename one"
                     if name != "auto"
                     else "no embedder may be called 'auto': that is the choice among them"
                 )
@@ -406,13 +412,17 @@ def from_args(args: dict[str, Any], *, base: Path, name: str) -> CollegiumConfig
     """
     if "config_file" not in args:
         return parse_config(args, base=base, name=name)
-    reference = str(args["config_file"])
-    try:
-        file = resolve_path(reference if ":" in reference else str(base / reference))
-    except ExpertConfigError as error:
-        raise ConfigError(f"{name}: config_file: {error}") from error
+    file = _config_file(args, base, name)
     rest = {key: value for key, value in args.items() if key != "config_file"}
     return parse_config({**_read(file), **rest}, base=file.parent, name=str(file))
+
+
+def _config_file(args: dict[str, Any], base: Path, name: str) -> Path:
+    reference = str(args["config_file"])
+    try:
+        return resolve_path(reference if ":" in reference else str(base / reference))
+    except ExpertConfigError as error:
+        raise ConfigError(f"{name}: config_file: {error}") from error
 
 
 def parse_config(
@@ -458,6 +468,11 @@ def _unwrap_serve_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
     config = _mapping(ours[0].get("args"), f"{path}: args of the application {BUILDER!r}")
     http = _mapping(content.get("http_options"), f"{path}: http_options")
     server = _mapping(config.get("server"), f"{path}: server")
+    if "config_file" in config and "server" not in config:
+        # Settings here replace the file's own top-level ones, and there is more in its server than
+        # host and port.
+        file = _config_file(config, path.parent, str(path))
+        server = _mapping(_read(file).get("server"), f"{file}: server")
     for key in ("host", "port"):
         if key in http:
             server.setdefault(key, http[key])

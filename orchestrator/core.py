@@ -37,7 +37,7 @@ from orchestrator.learning.learner import Learner, Lesson
 from orchestrator.learning.shadow import Shadows
 from orchestrator.learning.tally import Tally
 from orchestrator.learning.teaching import Teaching
-from orchestrator.memory.cache import CachedAnswer, ResponseCache
+from orchestrator.memory.cache import CachedAnswer, Lookup, ResponseCache
 from orchestrator.memory.decisions import DecisionLog
 from orchestrator.memory.feedback import FeedbackLog
 from orchestrator.memory.guard import Memory
@@ -117,14 +117,14 @@ class Orchestrator:
         self.config = config
         self.cards = config.cards()
         self.experts = experts
-        self._releases = ReleaseWatch(config, routers, self._prepare)
+        self.releases = ReleaseWatch(config, routers, self._prepare)
         self.routes = {
             name: build_route(
                 name,
                 route,
                 routers[route.router],
                 self.cards,
-                self._releases.in_use.get(route.router),
+                self.releases.in_use.get(route.router),
             )
             for name, route in config.routes.items()
         }
@@ -164,8 +164,10 @@ class Orchestrator:
             for route_name, route in self.config.routes.items()
             if route.router == name
         }
+        use_for_embeddings = self.embeddings.prepare(name, router)
 
         def use() -> None:
+            use_for_embeddings()
             for route_name, route in changed.items():
                 # What was learnt of experts is not forgotten with the router.
                 learner = self.routes[route_name].learner
@@ -202,7 +204,7 @@ class Orchestrator:
         if not has_content(request):
             field = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise BadRequestError(f"{field}: must hold some text; all of it is empty", field)
-        self._releases.look()
+        self.releases.look()
         self._teaching.look()
         options = options or RoutingOptions()
         if context is not None:
@@ -340,6 +342,10 @@ class Orchestrator:
         """
         if self._cache is None:
             return None
+        if (options.route or request.model) in self.experiments:
+            # An arm must not get the other's answers.
+            context.cache = Lookup("off")
+            return None
         context.cache = await self._cache.find(request, options, context.scope)
         answer = context.cache.answer
         if answer is None:
@@ -365,7 +371,8 @@ class Orchestrator:
             await self._sessions.note(
                 context.session_id, context.scope, expert, seen.total_tokens, completion
             )
-        if self._cache is not None and context.cache is not None:
+        # What was said in place of an expert that failed is soon said better.
+        if self._cache is not None and context.cache is not None and not context.failures:
             self._cache.keep(context.cache, CachedAnswer(expert, decision.route, completion))
 
     async def _answer_by(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from experts.base import AnyRequest
+from experts.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
 from experts.types import Usage
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ __all__ = [
 
 # The scope of requests without a key.
 PUBLIC = "public"
+
+# How calls end through no fault of the expert.
+_BLAMELESS = {
+    None,
+    "cancelled",
+    *(error.__name__ for error in (ContextLengthError, InvalidRequestError,
+                                   UnsupportedFeatureError)),
+}  # fmt: skip
 
 
 def new_decision_id() -> str:
@@ -135,6 +144,11 @@ class Call:
     usage: Usage = field(default_factory=Usage)
     error: str | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether an answer was wanted and its expert is to blame that there is none."""
+        return self.purpose == "answer" and self.error not in _BLAMELESS
+
 
 @dataclass(slots=True)
 class RequestContext:
@@ -187,6 +201,11 @@ class RequestContext:
         if self.answered_by or self.composing:
             return self.answered_by
         return self.calls[-1].expert if self.calls else None
+
+    @property
+    def failures(self) -> bool:
+        """Whether an expert failed to answer."""
+        return any(call.failed for call in self.calls)
 
     @property
     def usage(self) -> Usage:

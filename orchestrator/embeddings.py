@@ -85,6 +85,13 @@ class Embedded(NamedTuple):
     vectors: NDArray[np.float32]
 
 
+class _Choice(NamedTuple):
+    """Who chooses among whom."""
+
+    router: Router | None
+    names: list[str]
+
+
 class Embeddings:
     """The embedders of a config.
 
@@ -100,20 +107,34 @@ class Embeddings:
         self._encoders = {
             name: _find(name, entry.encoder) for name, entry in config.embedders.items()
         }
-        self._router: Router | None = None
-        self._routed = list(self._encoders)[:1]
-        if (route := config.embedding_route) is not None:
-            self._router = routers[route.router]
-            known = self._router.models
-            self._routed = list(route.embedders or (n for n in self._encoders if n in known))
-            if not self._routed or any(name not in known for name in self._routed):
-                raise ConfigError(
-                    f"embedding_route: router {route.router!r} knows "
-                    f"{', '.join(map(repr, known))}, but embedders are "
-                    f"{', '.join(map(repr, self._encoders)) or 'none'}; train it on a table whose "
-                    "models are embedders, or list only known ones under 'embedders'"
-                )
+        self._route = config.embedding_route
+        self._choice = _Choice(None, list(self._encoders)[:1])
+        if self._route is not None:
+            self.prepare(self._route.router, routers[self._route.router])()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="embedder")
+
+    def prepare(self, name: str, router: Router) -> Callable[[], None]:
+        """What puts a router in use, if it is the one that chooses; requests under way keep theirs.
+
+        Raises:
+            ConfigError: It does not know the route's embedders.
+        """
+        route = self._route
+        if route is None or route.router != name:
+            return lambda: None
+        known = router.models
+        routed = list(route.embedders or (one for one in self._encoders if one in known))
+        if not routed or any(one not in known for one in routed):
+            raise ConfigError(
+                f"embedding_route: router {name!r} knows {', '.join(map(repr, known))}, but "
+                f"embedders are {', '.join(map(repr, self._encoders)) or 'none'}; train it on a "
+                "table whose models are embedders, or list only known ones under 'embedders'"
+            )
+
+        def use() -> None:
+            self._choice = _Choice(router, routed)
+
+        return use
 
     def load(self) -> None:
         """Load all weights now, so that no request waits for them.
@@ -145,16 +166,16 @@ class Embeddings:
                 raise UnknownModelError(request.model, known)
             _check_width([request.model], [encoder.width], request.dimensions)
             return request.model
-        widths = [self._encoders[name].width for name in self._routed]
-        _check_width(self._routed, widths, request.dimensions)
+        router, routed = self._choice
+        widths = [self._encoders[name].width for name in routed]
+        _check_width(routed, widths, request.dimensions)
         names = [
             name
-            for name, width in zip(self._routed, widths, strict=True)
+            for name, width in zip(routed, widths, strict=True)
             if request.dimensions in (None, width)
         ]
-        if self._router is None or len(names) == 1:
+        if router is None or len(names) == 1:
             return names[0]
-        router = self._router
 
         def predict(texts: Sequence[str]) -> NDArray[np.float32]:
             return router.predict([Query(text) for text in texts], names).quality

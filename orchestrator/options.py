@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -36,10 +35,11 @@ class RoutingOptions(BaseModel):
     top_k: Annotated[int | None, Field(ge=1, exclude=True)] = None
     """How many experts shall answer, up to 16, for strategies that compose several answers. A named
     expert gets it as its engine's sampling parameter of that name."""
-    deadline_ms: Annotated[int | None, Field(ge=1, exclude=True)] = None
+    deadline_ms: Annotated[int | None, Field(ge=1, le=86_400_000, exclude=True)] = None
     """Milliseconds for the whole request; the service's own limit holds too."""
     priority: Annotated[Literal["normal", "low"] | None, Field(exclude=True)] = None
-    """``low`` is refused first under load: as soon as half of the service's places are taken."""
+    """``low`` is refused first under load: as soon as half of the service's places are taken. vLLM
+    experts with ``scheduling_policy: priority`` in their ``engine_kwargs`` also begin it last."""
     session_id: Annotated[
         Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Field(exclude=True)
     ] = None
@@ -72,8 +72,24 @@ def not_allowed(names: Iterable[str], patterns: Iterable[str]) -> dict[str, str]
     return {
         name: "allowed_models does not name it"
         for name in names
-        if not any(fnmatchcase(name, pattern) for pattern in listed)
+        if not any(_matches(name, pattern) for pattern in listed)
     }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # Patterns come from clients: fnmatch would make and keep a regular expression of each.
+    first, *rest = pattern.split("*")
+    if not rest:
+        return name == pattern
+    *middle, last = rest
+    at = len(first)
+    if not name.startswith(first):
+        return False
+    for part in middle:
+        at = name.find(part, at) + len(part)
+        if at < len(part):
+            return False
+    return len(name) - at >= len(last) and name.endswith(last)
 
 
 def below_quality(quality: Iterable[float], names: Iterable[str], least: float) -> dict[str, str]:

@@ -18,13 +18,13 @@ row, an evaluation on thousands, with the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from experts.types import ExpertCard
 from orchestrator.costs import CostUnit, cost_per_answer, cost_unit, typical
-from orchestrator.strict import StrictModel
+from orchestrator.strict import StrictModel, default_type
 from routers.base import Measured
 
 if TYPE_CHECKING:
@@ -329,15 +329,10 @@ class TopPPolicy(Policy):
         return min(self.max_experts, len(quality))
 
 
-def _typed(fields: Any) -> Any:
-    """A policy without a type is quality less cost."""
-    return {"type": "utility", **fields} if isinstance(fields, dict) else fields
-
-
 PolicyConfig = Annotated[
     UtilityPolicy | BudgetPolicy | ThresholdPolicy | TopPPolicy,
     Field(discriminator="type"),
-    BeforeValidator(_typed),
+    default_type("utility"),
 ]
 
 

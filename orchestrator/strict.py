@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
-__all__ = ["StrictModel"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+__all__ = ["StrictModel", "default_type"]
 
 
 class StrictModel(BaseModel):
@@ -13,3 +15,12 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def default_type(name: str) -> BeforeValidator:
+    """Of models told apart by their ``type``: which one a mapping without it is."""
+
+    def typed(fields: Any) -> Any:
+        return {"type": name, **fields} if isinstance(fields, dict) else fields
+
+    return BeforeValidator(typed)

@@ -97,8 +97,16 @@ def _finite(digits: str) -> float:
     return number
 
 
+def _whole(digits: str) -> int:
+    _finite(digits)
+    return int(digits)
+
+
 _portable = json.JSONDecoder(
-    object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite
+    object_pairs_hook=_no_repeats,
+    parse_constant=_no_constant,
+    parse_float=_finite,
+    parse_int=_whole,
 )
 
 

@@ -46,6 +46,7 @@ class EmbeddingsEndpoint:
     def __init__(
         self, orchestrator: Orchestrator, telemetry: Telemetry, admission: Admission
     ) -> None:
+        self._releases = orchestrator.releases
         self._embeddings = orchestrator.embeddings
         self._limits = orchestrator.config.server.limits
         self._telemetry = telemetry
@@ -76,6 +77,7 @@ class EmbeddingsEndpoint:
             self._telemetry.finished(model, context, status)
 
     async def _embedded(self, request: EmbeddingRequest, context: RequestContext) -> Embedded:
+        self._releases.look()
         name = request.model
         try:
             async with asyncio.timeout(context.remaining_s):

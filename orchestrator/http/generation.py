@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -79,7 +80,9 @@ def _header(text: str) -> str:
     # Category names are users' own words; headers hold one line of ASCII.
     if text.isascii() and text.isprintable():
         return text
-    return _CONTROL_CHARACTERS.sub(" ", text).encode("ascii", "backslashreplace").decode()
+    # As JSON escapes them: the trace is JSON.
+    plain = _CONTROL_CHARACTERS.sub(" ", text)
+    return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in plain)
 
 
 @dataclass(slots=True)
@@ -144,7 +147,9 @@ class Generation:
         try:
             self._admission.enter()
         except Exception as error:
-            return self._failed(turn, error)
+            refusal = self._failed(turn, error)
+            self._telemetry.finished(turn.model, turn.context, turn.status)
+            return refusal
         response: Response | None = None
         try:
             response = await self._answer(http, model, turn)
@@ -196,6 +201,8 @@ class Generation:
             http, model, max_bytes=limits.max_body_bytes, timeout_s=limits.timeout_s
         )
         options = options_of(http, request)
+        # A header's too: engines that schedule by it read it from the request.
+        request.priority = options.priority
         turn.take(options)
         if self._budget is not None:
             await self._budget.check(turn.context.scope)

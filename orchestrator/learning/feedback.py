@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 
 from experts.base import AnyRequest
-from experts.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
 from experts.types import Chunk
 from orchestrator.decision import PUBLIC, Decision, RequestContext
 from orchestrator.learning.experiments import Experiment
@@ -18,12 +17,6 @@ from orchestrator.learning.learner import Learner, Lesson, Lessons, preferred
 
 __all__ = ["Learning"]
 
-# Not the expert's fault, or nobody's.
-NO_FAILURES = {
-    "cancelled",
-    *(error.__name__ for error in (ContextLengthError, InvalidRequestError,
-                                   UnsupportedFeatureError)),
-}  # fmt: skip
 REMEMBERED_REQUESTS = 10_000
 
 
@@ -114,7 +107,7 @@ class Learning:
         learner = self.learners.get(lesson.route)
         if learner is not None:
             for call in context.calls:
-                if call.purpose == "answer" and call.error and call.error not in NO_FAILURES:
+                if call.failed:
                     learner.learn(lesson, call.expert, 0.0, weight=learner.config.error_weight)
         experiment = self.experiments.get(lesson.experiment or "")
         if experiment is not None and lesson.arm is not None:

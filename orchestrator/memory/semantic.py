@@ -92,8 +92,9 @@ class _Scope:
         if len(self.records) + len(found) > len(self._vectors):
             kept = [i for i, record in enumerate(self.records) if record.until > now][-self._most :]
             self.records = [self.records[i] for i in kept]
-            # Room for as many again, so that few questions are copied often.
-            room = np.empty((2 * len(kept) + len(found) + 64, self._vectors.shape[1]), np.float32)
+            # Room for some more, so that few questions are copied often.
+            size = len(kept) + len(found) + min(len(kept), self._most // 4) + 64
+            room = np.empty((size, self._vectors.shape[1]), np.float32)
             room[: len(kept)] = self._vectors[kept]
             self._vectors = room
         for record, vector in found:
@@ -120,7 +121,7 @@ class QuestionIndex:
     """Questions of every scope: vectors in memory, beside a log in the store.
 
     The log is what survives and what replicas share: each reads what others appended since it
-    looked last. Vectors are made in a thread of its own, which alone touches the index.
+    looked last. Vectors are made, kept and searched in one thread.
 
     Args:
         config: When a question asks the same as an earlier one.

@@ -105,12 +105,12 @@ async def stream_one(
             raise CostLimitError(name, expected, context.max_cost_usd - context.cost_usd)
     call = Call(name, purpose, cost_usd=expected)
     context.calls.append(call)
-    written, known = 0, False
+    written, known, left = 0, False, False
     form = AnswerForm.of(request) if check else None
     try:
         async with aclosing(expert.stream(request, timeout_s=timeout_s)) as stream:
             async for chunk in stream:
-                written += len(chunk.text)
+                written += len(chunk.text) + sum(map(_arguments, chunk.tool_calls or ()))
                 if chunk.usage is not None:
                     call.usage, known = chunk.usage, True
                 if form is not None and (fault := form.fault(chunk)):
@@ -122,11 +122,16 @@ async def stream_one(
         raise
     finally:
         call.seconds = time.monotonic() - call.started
-        if not known and written:
-            # Whoever broke off has not said what it cost.
+        if not known and (written or left):
+            # Whoever broke off has not said what it cost; whoever was stopped has read at least.
             read = estimated_prompt_tokens(request)
             call.usage = Usage.of(read, estimated_tokens("." * written))
         call.cost_usd = expert.card.usd(call.usage)
+
+
+def _arguments(tool_call: Mapping[str, Any]) -> int:
+    """Characters of a piece of a tool call."""
+    return len((tool_call.get("function") or {}).get("arguments") or "")
 
 
 async def answer(

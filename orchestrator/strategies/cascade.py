@@ -150,7 +150,8 @@ class CascadeStrategy(Strategy):
                 wanted = with_signal(request, self.signal) if judged else request
                 found[place] = given = await answer(name, wanted, experts, context)
             except (ExpertError, CostLimitError) as failure:
-                if begun or not another_may_answer(failure):
+                # What one expert did not mind is no error that all would meet.
+                if begun or (not found and not another_may_answer(failure)):
                     raise
                 logger.warning("expert %s failed: %s", name, failure)
                 error = failure

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from experts.base import AnyRequest, Expert
 from experts.errors import ExpertError
 from experts.features import required_features
+from experts.structured import shape_of
 from experts.types import ChatRequest, Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.errors import CostLimitError
@@ -195,7 +196,7 @@ class _Fusion:
             )
             until = started + time_s * layer / self.config.layers
             failures: list[Failure] = []
-            async with aclosing(self._ask_panel(further, until, failures)) as comments:
+            async with aclosing(self._ask_panel(further, until, failures, before)) as comments:
                 async for comment in comments:
                     yield comment
             if len(self.answers) < self.needed:
@@ -208,7 +209,11 @@ class _Fusion:
                 yield chunk
 
     async def _ask_panel(
-        self, request: ChatRequest, until: float, failures: list[Failure]
+        self,
+        request: ChatRequest,
+        until: float,
+        failures: list[Failure],
+        before: Sequence[Answer],
     ) -> AsyncGenerator[Chunk, None]:
         """Collect answers and failures until all are there, or it is late and enough are."""
         size = len(self.panel)
@@ -226,7 +231,7 @@ class _Fusion:
                 if isinstance(item, Answer):
                     self.answers.append(item)
                 elif item is not None:
-                    if not another_may_answer(item):
+                    if not (self.answers or before) and not another_may_answer(item):
                         raise item
                     failures.append(item)
                     logger.warning("a panel goes on without an expert: %s", item)
@@ -237,7 +242,9 @@ class _Fusion:
     async def _write(self) -> AsyncGenerator[Chunk, None]:
         """The aggregator's answer, or whatever takes its place."""
         ranked = sorted(self.answers, key=self._rank)
-        formed = required_features(self.request).keys() & {"tools", "json_schema", "logprobs"}
+        formed = shape_of(self.request) is not None or (
+            required_features(self.request).keys() & {"tools", "json_schema", "logprobs"}
+        )
         writers = [self.aggregator]
         if formed:
             writers += [one.expert for one in ranked if one.expert != self.aggregator]

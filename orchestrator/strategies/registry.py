@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from orchestrator.strategies.best_of import BestOfStrategy
 from orchestrator.strategies.cascade import CascadeStrategy
@@ -14,13 +14,9 @@ from orchestrator.strategies.fusion import FusionStrategy
 from orchestrator.strategies.hedge import HedgeStrategy
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.strategies.vote import VoteStrategy
+from orchestrator.strict import default_type
 
 __all__ = ["AnyStrategy"]
-
-
-def _typed(fields: Any) -> Any:
-    """A strategy without a type is a fallback."""
-    return {"type": "fallback", **fields} if isinstance(fields, dict) else fields
 
 
 AnyStrategy = Annotated[
@@ -33,5 +29,5 @@ AnyStrategy = Annotated[
     | HedgeStrategy
     | ChainStrategy,
     Field(discriminator="type"),
-    BeforeValidator(_typed),
+    default_type("fallback"),
 ]

@@ -51,6 +51,8 @@ def test_retryable_means_another_try_may_help(error):
 
 
 def test_sentences_name_facts():
-    assert str(EXAMPLES[2]).startswith("this request needs 900 tokens but expert 'small' has a")
+    assert str(EXAMPLES[2]).startswith(
+        "this request needs at least 900 tokens but expert 'small' has a"
+    )
     assert "2.5 s" in str(EXAMPLES[6])
     assert "KEY" in str(EXAMPLES[4])

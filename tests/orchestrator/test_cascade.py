@@ -470,11 +470,19 @@ async def test_a_streamed_answer_that_breaks_off_is_an_error():
         await run.answer()
 
 
-async def test_a_request_that_is_wrong_for_all_is_refused_though_one_has_answered():
+async def test_a_request_that_only_a_later_expert_minds_is_answered():
     run = Run(unsure(), [expert("first"), expert("second", {"error": "invalid"})],
+              quality=[0.7, 0.6])  # fmt: skip
+    assert (await run.answer()).text == "first"
+    assert run.context.path == ["first", "second"]
+
+
+async def test_a_request_that_the_first_expert_minds_is_refused():
+    run = Run(unsure(), [expert("first", {"error": "invalid"}), expert("second")],
               quality=[0.7, 0.6])  # fmt: skip
     with pytest.raises(InvalidRequestError):
         await run.answer()
+    assert run.context.path == ["first"]
 
 
 # Signals.

@@ -246,12 +246,13 @@ async def test_feedback_is_taken_once():
         response = await http.post(FEEDBACK, json=body)
         assert response.status_code == 409
         assert response.json()["error"]["code"] == "feedback_exists"
+    # Whoever listens hears of a repeat too, and may have missed the first.
     assert [(id, f.rating, f.preferred_over) for id, f in taken] == [
-        (one, 0.5, None),
-        (one, None, two),
+        *[(one, 0.5, None)] * 2,
+        *[(one, None, two)] * 2,
     ]
     kept = await orchestrator.feedback.since()
-    assert [record.feedback for _, record in kept] == [feedback for _, feedback in taken]
+    assert [record.feedback for _, record in kept] == [feedback for _, feedback in taken[::2]]
     assert [record.decision.id for _, record in kept] == [one, one]
     assert await orchestrator.feedback.since(kept[0][0]) == kept[1:]
 

@@ -234,19 +234,6 @@ def openai_client():
         yield client
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_openai_clients_get_a_hedges_tool_call(openai_client, stream):
-    if stream:
-        with openai_client.chat.completions.stream(**ASK, tools=[TOOL]) as events:
-            events.until_done()
-            answer = events.get_final_completion()
-    else:
-        answer = openai_client.chat.completions.create(**ASK, tools=[TOOL])
-    (call,) = answer.choices[0].message.tool_calls
-    assert answer.model == "medium"
-    assert json.loads(call.function.arguments) == {"city": "Graz"}
-
-
 def test_openai_clients_get_a_hedges_json_and_see_who_won(openai_client):
     raw = openai_client.chat.completions.with_raw_response.create(**ASK, response_format=CITY)
     assert json.loads(raw.parse().choices[0].message.content) == {"city": "Graz"}

@@ -159,7 +159,8 @@ async def test_debug_adds_the_whole_decision(stream):
 def test_headers_survive_categories_of_any_kind():
     decision = Decision(experts=("a",), category="Küche\r\nx-evil: 1\N{PILE OF POO}")
     headers = decision_headers(decision, None, debug=True)
-    assert headers["x-collegium-category"] == "K\\xfcche  x-evil: 1\\U0001f4a9"
+    assert headers["x-collegium-category"] == "K\\u00fcche  x-evil: 1\\ud83d\\udca9"
+    assert json.loads(headers["x-collegium-trace"])["category"].startswith("Küche")
     assert all(value.isascii() and value.isprintable() for value in headers.values())
 
 

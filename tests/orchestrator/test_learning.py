@@ -24,6 +24,7 @@ from tests.orchestrator.support import (
     client,
     config_content,
     config_with_rules,
+    written,
 )
 
 LEARNING = {"encoder": "hashing"}
@@ -277,6 +278,7 @@ async def test_ratings_become_a_verdict():
         for _ in range(300):
             decision = await answered(orchestrator, model="try")
             assert orchestrator.learning.learn(decision.id, 0.9 if decision.arm == "b" else 0.4)
+        await written(orchestrator)
         after = (await http.get("/v1/experiments")).json()["data"][0]
         listed = (await http.get("/v1/models")).json()["data"]
     assert (before["verdict"], before["difference"]) == ("undecided", None)

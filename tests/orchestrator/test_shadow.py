@@ -13,15 +13,16 @@ from orchestrator.decision import RequestContext
 from orchestrator.options import RoutingOptions
 from tests.orchestrator.support import (
     CHAT,
+    LOOK_S,
     LoopClock,
     build,
     chat_body,
     chat_request,
     client,
     config_content,
-    eventually,
     expert,
     metric,
+    written,
 )
 
 
@@ -54,14 +55,19 @@ async def asked(orchestrator, text="hello", *, options=None, **fields):
     return clock.seconds
 
 
-def counts(orchestrator):
+async def counts(orchestrator):
     """What became of copies."""
-    return orchestrator.shadows.shadows["auto"].counts
+    await written(orchestrator)
+    return await orchestrator.shadows.shadows["auto"].counts.read()
 
 
 async def settled(orchestrator, n):
     """Wait until so many copies are done."""
-    await eventually(lambda: sum(counts(orchestrator).values()) == n, 5)
+    for _ in range(1000):
+        if sum((await counts(orchestrator)).values()) == n:
+            return
+        await asyncio.sleep(LOOK_S)
+    pytest.fail("copies are not done in time")
 
 
 async def test_a_judge_that_favours_a_position_favours_no_route():
@@ -69,8 +75,8 @@ async def test_a_judge_that_favours_a_position_favours_no_route():
     for number in range(20):
         await asked(orchestrator, f"question {number}")
     await settled(orchestrator, 20)
-    assert counts(orchestrator)["equal"] == 20
-    assert orchestrator.shadows.shadows["auto"].results()["verdict"] == "undecided"
+    assert (await counts(orchestrator))["equal"] == 20
+    assert (await orchestrator.shadows.shadows["auto"].results())["verdict"] == "undecided"
 
 
 async def test_the_judge_sees_both_answers_in_both_orders_and_no_names_of_routes():
@@ -87,7 +93,7 @@ async def test_the_judge_sees_both_answers_in_both_orders_and_no_names_of_routes
             assert part in prompt
         assert "auto" not in prompt
     assert sorted(prompt.index(large) < prompt.index(small) for prompt in prompts) == [False, True]
-    assert counts(orchestrator)["equal"] == 1
+    assert (await counts(orchestrator))["equal"] == 1
 
 
 async def test_the_better_route_is_found():
@@ -97,7 +103,7 @@ async def test_the_better_route_is_found():
     for number in range(60):
         await asked(orchestrator, f"question {number}")
     await settled(orchestrator, 60)
-    results = orchestrator.shadows.shadows["auto"].results()
+    results = await orchestrator.shadows.shadows["auto"].results()
     assert (results["verdict"], results["kind"]) == ("b", "shadow")
     assert results["low"] > 0
 
@@ -106,7 +112,7 @@ async def test_equal_answers_need_no_judge():
     orchestrator = shadowed({"small": {"answer": "large says hello to you"}})
     await asked(orchestrator)
     await settled(orchestrator, 1)
-    assert counts(orchestrator)["equal"] == 1
+    assert (await counts(orchestrator))["equal"] == 1
     assert not expert(orchestrator, "medium").requests
 
 
@@ -123,7 +129,7 @@ async def test_a_copy_that_fails_or_hangs_neither_fails_nor_delays_the_answer(ru
     orchestrator = shadowed(rules, timeout_s=0.2)
     assert await asked(orchestrator) < 0.2
     await settled(orchestrator, 1)
-    assert counts(orchestrator)["failed"] == 1
+    assert (await counts(orchestrator))["failed"] == 1
     assert expert(orchestrator, "small").active == 0
 
 
@@ -131,7 +137,7 @@ async def test_a_copy_keeps_to_its_cost_cap():
     orchestrator = shadowed(max_cost_usd=1e-9)
     await asked(orchestrator)
     await settled(orchestrator, 1)
-    assert counts(orchestrator)["failed"] == 1
+    assert (await counts(orchestrator))["failed"] == 1
     assert not expert(orchestrator, "small").requests
 
 
@@ -139,10 +145,10 @@ async def test_copies_are_dropped_where_there_is_no_room():
     orchestrator = shadowed({"small": {"delay_s": 30}}, max_in_flight=1)
     for _ in range(3):
         await asked(orchestrator)
-    assert counts(orchestrator)["dropped"] == 2
+    assert (await counts(orchestrator))["dropped"] == 2
     orchestrator.shadows.has_room = lambda: False
     await asked(orchestrator)
-    assert counts(orchestrator)["dropped"] == 3
+    assert (await counts(orchestrator))["dropped"] == 3
     await orchestrator.aclose()
     assert expert(orchestrator, "small").active == 0
 
@@ -152,7 +158,7 @@ async def test_requests_that_say_who_may_see_them_are_not_copied():
     await asked(orchestrator, options=RoutingOptions(allowed_models=["large"]))
     await asked(orchestrator, n=2)
     await asyncio.sleep(0.05)
-    assert not any(counts(orchestrator).values())
+    assert not any((await counts(orchestrator)).values())
     assert not expert(orchestrator, "small").requests
 
 
@@ -161,7 +167,7 @@ async def test_only_the_wanted_share_is_copied():
     for number in range(150):
         await asked(orchestrator, f"question {number}")
     await asyncio.sleep(0.2)
-    assert 12 <= sum(counts(orchestrator).values()) <= 50
+    assert 12 <= sum((await counts(orchestrator)).values()) <= 50
 
 
 async def test_copies_are_counted_and_listed_over_http():
