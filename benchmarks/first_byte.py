@@ -97,6 +97,8 @@ async def http_s(app: FastAPI) -> float:
 
     async def send(message: Any) -> None:
         nonlocal first_s
+        if message["type"] == "http.response.start":
+            assert message["status"] == 200, message
         if message["type"] == "http.response.body" and not first_s:
             first_s = time.perf_counter() - started
 

@@ -78,6 +78,8 @@ def process(command: list[str], ready_url: str, **kwargs: Any) -> Iterator[subpr
                     break
                 except OSError:
                     time.sleep(0.5)
+            else:
+                sys.exit(f"{command[0]} did not become ready")
             yield child
         finally:
             if child.poll() is None:

@@ -5,7 +5,7 @@
 Judged on ``evals/data/cache_pairs.jsonl``: each base question with paraphrases, which should get
 its answer, and near misses, which should not. All bases of a split are stored; each other question
 is asked. Whatever else it hits than the base it is a paraphrase of is a false hit. Thresholds are
-chosen on the split ``tune``, on which the rules were written too; ``test`` is judged once.
+chosen on the split ``tune``, on which the rules were written too; ``test`` is for judging alone.
 """
 
 from __future__ import annotations

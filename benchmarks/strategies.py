@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -46,17 +47,23 @@ from evals.metrics import (
 from evals.tasks import Sample, Task, get_task, task_names
 from experts.base import Expert
 from experts.errors import ExpertError
+from experts.paths import resolve_path
 from experts.registry import open_experts
 from experts.types import ChatRequest, Message, collect
 from orchestrator.config import CollegiumConfig, load_config, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import RequestContext
 from orchestrator.strategies.judging import UNREADABLE
+from routers.artefact import read_manifest
 from routers.outcomes import OutcomeTable
 
 TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
 SAMPLES = 3
-BEST_OF = {"type": "best_of", "judge": "general", "judge_tokens": 32}
+BEST_OF = {"type": "best_of", "judge": "general", "judge_tokens": 128}
+CASCADES = {
+    "cascade routing": Path(__file__).with_name("cascade_routing.yaml"),
+    "cascade, plain": Path(__file__).with_name("cascade_plain.yaml"),
+}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "single": {"type": "single"},
     "vote, 3 experts": {"type": "vote", "experts": 3},
@@ -70,7 +77,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fusion of 3 experts, with notes": {"type": "fusion", "experts": 3, "method": "multi_expert"},
     "chain of 2": {"type": "chain", "depth": 2},
 }
-"""Every strategy that is measured, by the name on the page."""
+"""Every strategy that is measured, by the name on the page, but for the calibrated cascades."""
 REFERENCE = "single"
 # The same number of samples, of the best single expert instead of the router's.
 BEST_SINGLE: dict[str, dict[str, Any]] = {
@@ -157,16 +164,25 @@ def plan(names: Iterable[str], best: str) -> tuple[CollegiumConfig, list[Entry]]
         names: Of the strategies.
         best: The best single expert.
     """
-    routes: dict[str, dict[str, Any]] = {name: {"strategy": STRATEGIES[name]} for name in names}
+    routes: dict[str, dict[str, Any]] = {
+        name: yaml.safe_load(CASCADES[name].read_text(encoding="utf-8"))
+        if name in CASCADES
+        else {"strategy": STRATEGIES[name]}
+        for name in names
+    }
     for name, strategy in BEST_SINGLE.items():
         routes[name] = {"strategy": strategy, "experts": [best]}
     content = with_engine(load_config(), "transformers").model_dump(mode="json", by_alias=True)
     content["routes"] = {}
+    # Answers of other experts or another router are not taken up again.
+    router = read_manifest(resolve_path(content["routers"]["blend"]["path"])).arrays_sha256
+    made_by = json.dumps([router, content["experts"]], sort_keys=True)
     entries = []
     for number, (name, route) in enumerate(routes.items()):
         # Names on the page are no names of routes.
         content["routes"][f"route-{number}"] = {"router": "blend", **route}
-        digest = hashlib.sha256(json.dumps(route, sort_keys=True).encode()).hexdigest()[:12]
+        settings = made_by + json.dumps(route, sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
         reads = "judge" in route["strategy"] or route["strategy"]["type"] in ("fusion", "chain")
         entries.append(Entry(name, f"route-{number}", f"{name} {digest}", reads))
     return parse_config(content), entries
@@ -341,7 +357,8 @@ def main() -> None:
         "--n-readers", type=int, default=4, help="of them for those who read answers"
     )
     parser.add_argument("--tasks", nargs="+", choices=task_names(), default=task_names())
-    parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=STRATEGIES)
+    names = [*STRATEGIES, *CASCADES]
+    parser.add_argument("--strategies", nargs="+", choices=names, default=names)
     parser.add_argument("--concurrency", type=int, default=4, help="requests under way at a time")
     parser.add_argument("--minutes", type=float, default=20.0, help="ask no more after these")
     parser.add_argument(
