@@ -137,6 +137,7 @@ _NEGATIONS = _set(
 # What turns an answer round. A word of a row on one side, another of that row on the other.
 _OPPOSITES = _rows(
     """
+    in on under
     more less fewer
     most least
     large largest larger small smallest smaller
@@ -516,8 +517,8 @@ def _asked(a: _Question, b: _Question) -> bool:
         one, other = ({table[word] for word in q.words if word in table} for q in (a, b))
         if one and other and one != other:
             return True
-    can, must = ({_MODES[word] for word in q.words if word in _MODES} for q in (a, b))
-    return {"can", "must"} <= can ^ must
+    one, other = ({_MODES[word] for word in q.words if word in _MODES} for q in (a, b))
+    return "should" in one ^ other or {"can", "must"} <= one ^ other
 
 
 def _words(a: _Question, b: _Question) -> bool:

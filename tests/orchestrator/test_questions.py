@@ -66,6 +66,8 @@ def test_the_same_in_other_words(one, other):
         ("What is CO?", "What is Co?", "names"),
         ("When must I pay the rent?", "When can I pay the rent?", "asked"),
         ("Which documents must I bring?", "Which documents may I bring?", "asked"),
+        ("What should I eat before a run?", "What did I eat before a run?", "asked"),
+        ("What is in the box?", "What is on the box?", "direction"),
         ("Is a square a rectangle?", "Is a rectangle a square?", "words"),
         ("How many ounces are in a pound?", "How many pounds are in an ounce?", "words"),
         ("What does IT cost?", "What does it cost?", "names"),
