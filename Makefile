@@ -35,7 +35,7 @@ bench:  ## Measure what the service costs per request, beside LiteLLM
 	@scripts/setup bench
 	@.venv/bin/python -m benchmarks.overhead --litellm .venv/litellm
 
-embedded:  ## Make the embedded experts and router anew
+embedded:  ## Make what is missing of the embedded experts, then their table and router
 	@scripts/setup test
 	@scripts/build_embedded.sh
 

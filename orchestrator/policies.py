@@ -71,8 +71,8 @@ class Policy(StrictModel):
     max_energy_j: float | None = Field(default=None, gt=0)
     """Leave out experts whose answers typically take more energy, in joules."""
     null_expert: str | None = None
-    """An expert that answers unless another is predicted better by ``null_margin``: the smallest
-    model, or one that answers from a cache."""
+    """An expert that answers unless another is predicted better by ``null_margin``, such as the
+    smallest model."""
     null_margin: float = Field(default=0.02, ge=0, le=1)
     """Points of quality by which others must be better than ``null_expert``."""
 

