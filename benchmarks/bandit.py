@@ -124,7 +124,9 @@ def learning(guess: float | None, **settings: Any) -> Run:
             choice = int(ties[hopes[ties].argmax()])
             got[number] = scores[number, choice]
             name = world.models[choice]
-            lesson = Lesson("", priors={name: float(quality[0, choice])}, features=features)
+            prior = {name: float(quality[0, choice])}
+            encoder = learner.config.encoder
+            lesson = Lesson("", priors=prior, features=features, encoder=encoder)
             learner.learn(lesson, name, got[number])
         return got
 

@@ -245,6 +245,7 @@ class Orchestrator:
                     features=features,
                     experiment=experiment.name if experiment else None,
                     arm=arm,
+                    encoder=route.learner.config.encoder if route.learner else None,
                 )
         share = await self._share(
             request, options, context, route.costs.only([card.name for card in pool])

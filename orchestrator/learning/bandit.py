@@ -180,14 +180,17 @@ class LinUCB:
 
         Raises:
             KeyError: The expert is unknown.
-            ValueError: A number is not finite, or the weight not above 0.
+            ValueError: A number is not finite, the weight not above 0, or the shape wrong.
         """
         import numpy as np
 
         place, inputs = self._positions[expert], features.astype(np.float64)
         known = np.isfinite(reward) and np.isfinite(prior) and np.isfinite(inputs).all()
-        if not known or not 0 < weight < np.inf:
-            raise ValueError(f"cannot learn from reward {reward}, prior {prior}, weight {weight}")
+        if not known or not 0 < weight < np.inf or inputs.shape != (self.n_features,):
+            raise ValueError(
+                f"cannot learn from reward {reward}, prior {prior}, weight {weight} and features "
+                f"of shape {inputs.shape}"
+            )
         self._fading *= self.forgetting**weight
         share = weight / self._fading
         self.observations += weight

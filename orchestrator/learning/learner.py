@@ -59,6 +59,7 @@ class Lesson:
         expert: Who answered; none while nobody has.
         priors: The router's predicted quality of each candidate.
         features: Of the query; none where the route does not learn.
+        encoder: Name of the encoder that features are from.
         experiment: The experiment it belongs to, if one.
         arm: Its arm there.
     """
@@ -69,6 +70,7 @@ class Lesson:
     features: NDArray[np.float16] | None = None
     experiment: str | None = None
     arm: Literal["a", "b"] | None = None
+    encoder: str | None = None
 
     def to_json(self) -> str:
         """The lesson for a store."""
@@ -81,6 +83,7 @@ class Lesson:
                 "features": None if features is None else base64.b64encode(features).decode(),
                 "experiment": self.experiment,
                 "arm": self.arm,
+                "encoder": self.encoder,
             }
         )
 
@@ -200,6 +203,7 @@ class Learner:
         """Whether it can learn from an answer: its config may have been another one at the time."""
         return (
             lesson.features is not None
+            and lesson.encoder == self.config.encoder
             and len(lesson.features) == self.bandit.n_features
             and expert in lesson.priors
             and expert in self.bandit.experts

@@ -7,6 +7,7 @@ import pytest
 
 from experts.types import Chunk
 from orchestrator.config import parse_config
+from orchestrator.strategies import answer_form
 from orchestrator.strategies.answer_form import AnswerForm
 from orchestrator.strategies.fallback import FallbackStrategy
 from tests.orchestrator.composing import CITY, TOOL, Run, scripted
@@ -121,6 +122,25 @@ def test_schemas_neither_stop_the_service_nor_fetch_anything(schema, answer):
     started = time.monotonic()
     fault(json.dumps(answer), **with_schema(schema))
     assert time.monotonic() - started < 1
+
+
+def test_values_of_long_lists_are_looked_for_within_the_steps():
+    compared = 0
+
+    class Counted(int):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    schema = {"items": {"enum": [Counted(number) for number in range(2000)]}}
+    # An answer that has not been checked to its end passes.
+    assert answer_form._satisfies([-1.5] * 10, schema) is False
+    compared = 0
+    assert answer_form._satisfies([1999] * 999 + [-1], schema) is True
+    assert 0 < compared < 32 * answer_form.MAX_STEPS
 
 
 @pytest.mark.parametrize("stream", [True, False])

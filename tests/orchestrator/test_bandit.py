@@ -1,4 +1,4 @@
-"""The bandit: what it learns, that it learns nothing from nothing, and how replicas share it."""
+"""The bandit: what it learns, and that it learns nothing from nothing."""
 
 from __future__ import annotations
 
@@ -135,19 +135,43 @@ def test_weights_count_as_observations():
 
 
 @pytest.mark.parametrize(
-    ("reward", "prior", "weight"),
-    [(np.nan, 0.5, 1), (np.inf, 0.5, 1), (0.5, np.nan, 1), (0.5, 0.5, 0), (0.5, 0.5, np.inf)],
+    ("reward", "prior", "weight", "shape"),
+    [
+        (np.nan, 0.5, 1, 4),
+        (np.inf, 0.5, 1, 4),
+        (0.5, np.nan, 1, 4),
+        (0.5, 0.5, 0, 4),
+        (0.5, 0.5, np.inf, 4),
+        (0.5, 0.5, 1, 3),
+        (0.5, 0.5, 1, 1),
+        (0.5, 0.5, 1, (1, 4)),
+    ],
 )
-def test_what_is_no_number_is_refused_and_changes_nothing(reward, prior, weight):
+def test_what_is_no_number_is_refused_and_changes_nothing(reward, prior, weight, shape):
     found = bandit()
     given = (np.ones(4), np.full(3, 0.5), EXPERTS)
     before = found.adjust(*given)
     with pytest.raises(ValueError, match="cannot learn"):
-        found.update(np.ones(4, np.float16), "a", reward, prior, weight=weight)
+        found.update(np.ones(shape, np.float16), "a", reward, prior, weight=weight)
     after = found.adjust(*given)
     assert np.array_equal(after.quality, before.quality)
     assert np.array_equal(after.uncertainty, before.uncertainty)
     assert found.observations == 0
+
+
+def test_new_experts_begin_with_the_prediction_and_others_keep_what_was_learnt():
+    found = taught(bandit(forgetting=1.0))
+    given = (np.array([0.3, -0.2, 0.5, 1.0]), np.full(3, 0.5), EXPERTS)
+    before = found.adjust(*given)
+    found.include(["b", "d"])
+    after = found.adjust(*given)
+    np.testing.assert_allclose(after.quality, before.quality)
+    np.testing.assert_allclose(after.uncertainty, before.uncertainty)
+    assert found.observations == 200
+    features = np.ones(4, np.float16)
+    assert found.adjust(features, np.array([0.4]), ["d"]).quality == [0.4]
+    found.update(features, "d", 1.0, 0.4)
+    assert found.adjust(features, np.array([0.4]), ["d"]).quality > 0.6
 
 
 def test_features_keep_distances_and_are_the_same_everywhere():
@@ -158,7 +182,8 @@ def test_features_keep_distances_and_are_the_same_everywhere():
     assert (features[:, -1] == 1).all()
     lengths = np.linalg.norm(features[:, :-1], axis=1) / np.linalg.norm(vectors, axis=1)
     assert abs(lengths.mean() - 1) < 0.05
-    # States of a fleet are merged: the projection may depend on no version and no machine.
+    # Replicas learn from each other's features: the projection may depend on no version and no
+    # machine.
     assert features_of(np.eye(8)[1], 3)[:3].tolist() == pytest.approx(
         [x * 3**-0.5 for x in (-1, -1, 1)], abs=1e-3
     )

@@ -8,6 +8,7 @@ import pytest
 
 from experts.config import ScriptedExpertConfig
 from experts.scripted import ScriptedExpert
+from experts.types import ChatRequest
 from orchestrator.config import ConfigError, parse_config
 from orchestrator.decision import Candidate
 from orchestrator.http.app import create_app
@@ -229,6 +230,16 @@ async def test_a_retry_keeps_the_requests_own_fields():
     assert second.model_copy(update={"messages": None}) == first.model_copy(
         update={"messages": None}
     )
+
+
+async def test_a_retry_has_no_two_messages_of_the_user_in_a_row():
+    run = StrategyRun(best_of(experts=1, bar=0.9), [repairing("a", "b", "c")],
+                      helpers=[grades(b=2, c=8)])  # fmt: skip
+    await run.answer()
+    retry = run.experts["a"].requests[-1]
+    assert isinstance(retry, ChatRequest)
+    assert [message.role for message in retry.messages] == ["user"]
+    assert retry.messages[0].text.startswith("hello\n\n")
 
 
 @pytest.mark.parametrize("ranking", ["pointwise", "pairwise"])

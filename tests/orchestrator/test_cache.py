@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
-from experts.types import ChatRequest
+from experts.config import ScriptedExpertConfig
+from experts.scripted import ScriptedExpert
+from experts.types import ChatRequest, Chunk, Usage
 from orchestrator.config import parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import RequestContext
 from orchestrator.http.app import create_app
 from orchestrator.memory.base import StoreError
 from orchestrator.memory.guard import Memory
+from orchestrator.memory.semantic import QuestionIndex, SemanticConfig
 from orchestrator.memory.sqlite import SQLiteStore
 from orchestrator.options import RoutingOptions
 from tests.orchestrator.support import (
     CHAT,
     ROUTE,
     TEXT,
+    LoopClock,
     build,
     chat_body,
     client,
     config_content,
     config_with_rules,
     events,
+    eventually,
     expert,
     metric,
     written,
@@ -199,6 +205,84 @@ async def test_nothing_is_kept_of_a_stream_that_nobody_read_to_its_end():
     await chunks.aclose()
     await written(orchestrator)
     assert (await ask(orchestrator, fixed())).headers[STATE] == "miss"
+
+
+class WaitingStore(SQLiteStore):
+    """A store that writes values once it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.may_write = asyncio.Event()
+
+    async def put(self, key, value, *, ttl_s=None):
+        await self.may_write.wait()
+        await super().put(key, value, ttl_s=ttl_s)
+
+
+async def test_an_answer_is_found_before_it_is_written():
+    store = WaitingStore()
+    config = parse_config(config_content(cache={}))
+    orchestrator = build(config, Memory(store, timeout_s=10))
+    http = client(orchestrator)
+    found = [(await http.post(CHAT, json=fixed())).headers[STATE] for _ in "ab"]
+    assert found == ["miss", "hit"]
+    assert asked(orchestrator) == 1
+    store.may_write.set()
+    assert (await ask(orchestrator, fixed())).headers[STATE] == "hit"
+    assert (await client(build(config, Memory(store))).post(CHAT, json=fixed())).headers[
+        STATE
+    ] == "hit"
+
+
+class HalfAnEmoji(ScriptedExpert):
+    """An expert that cuts its last sign in two."""
+
+    async def stream(self, request, *, timeout_s):
+        """Answer with half a pair of surrogates."""
+        self.requests.append(request)
+        yield Chunk(text="well \ud83d", finish_reason="stop")
+        yield Chunk(usage=Usage.of(1, 1))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_half_a_sign_is_answered_and_not_kept(stream):
+    config = config_with_rules({}, cache={"semantic": {}})
+    experts = {
+        entry.name: HalfAnEmoji(entry)
+        for entry in config.experts
+        if isinstance(entry, ScriptedExpertConfig)
+    }
+    orchestrator = Orchestrator(config, experts, load_routers(config))
+    for number in (1, 2):
+        response = await ask(orchestrator, fixed(stream=stream))
+        assert (response.status_code, response.headers[STATE]) == (200, "miss")
+        assert "well " in response.text
+        assert asked(orchestrator) == number
+
+
+async def test_an_experts_name_is_no_route_once_it_was_asked_as_model():
+    orchestrator = service()
+    assert (await ask(orchestrator, fixed(model="large"))).headers[STATE] == "miss"
+    assert (await ask(orchestrator, fixed(model="large"))).headers[STATE] == "hit"
+    assert (await ask(orchestrator, fixed(route="large"))).status_code == 404
+
+
+async def test_an_arm_of_an_experiment_gets_nothing_that_is_kept():
+    experiments = {"try": {"a": "auto", "b": "auto-cheap", "by": "request"}}
+    orchestrator = build(parse_config(config_content(cache={}, experiments=experiments)))
+    for body in (fixed(model="try"), fixed(route="try")):
+        for _ in "ab":
+            assert (await ask(orchestrator, body)).headers[STATE] == "off"
+    assert sum(asked(orchestrator, name) for name in ("small", "large")) == 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_in_place_of_one_that_failed_is_not_kept(stream):
+    orchestrator = service({"large": {"error": "unavailable"}})
+    for number in (1, 2):
+        response = await ask(orchestrator, fixed(stream=stream))
+        assert (response.status_code, response.headers[STATE]) == (200, "miss")
+        assert asked(orchestrator, "medium") == number
 
 
 async def test_another_key_never_gets_it():
@@ -378,3 +462,53 @@ async def test_only_the_newest_questions_are_compared():
     await states(orchestrator, *(fixed(f"What is the capital of {c}?") for c in countries))
     again = [fixed(f"Tell me, what is {c}'s capital?") for c in reversed(countries)]
     assert await states(orchestrator, *again) == ["semantic", "semantic", "miss"]
+
+
+class WaitingLog(SQLiteStore):
+    """A store that reads one log once it may."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+        self.may_read = asyncio.Event()
+
+    async def scan(self, log, *, after=None, limit):
+        if log == self.log:
+            await self.may_read.wait()
+        return await super().scan(log, after=after, limit=limit)
+
+
+async def test_one_slow_scope_does_not_hold_up_another():
+    store = WaitingLog("semantic_cache:slow")
+    index = QuestionIndex(SemanticConfig(), Memory(store, timeout_s=10))
+    slow, quick, other = [
+        await index.question("What is a prime?", scope, "") for scope in ("slow", "quick", "slow")
+    ]
+    waiting = asyncio.create_task(index.alike(slow))
+    await asyncio.sleep(0)
+    async with LoopClock() as clock:
+        assert await index.alike(quick) == []
+        # Nor does who reads a log hold up others who would read it.
+        assert await index.alike(other) == []
+    assert clock.seconds < 1
+    assert not waiting.done()
+    store.may_read.set()
+    assert await waiting == []
+    index.close()
+
+
+async def test_a_reader_that_leaves_loses_nothing():
+    memory = Memory(SQLiteStore())
+    index = QuestionIndex(SemanticConfig(), memory)
+    question = await index.question("What is a prime?", "scope", "")
+    index.keep(question, "key", 60)
+    await eventually(lambda: memory.idle)
+    busy = threading.Event()
+    index._thread.submit(busy.wait)
+    reader = asyncio.create_task(index.alike(question))
+    await eventually(lambda: index._thread._work_queue.qsize() == 1)
+    reader.cancel()
+    await asyncio.wait({reader})
+    busy.set()
+    assert await index.alike(question) == ["key"]
+    index.close()

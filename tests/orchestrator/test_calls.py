@@ -16,7 +16,15 @@ from orchestrator.errors import CostLimitError
 from orchestrator.strategies.calls import Answer, answer, answers, play, stream_one
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.testing import StrategyRun, scripted
-from tests.orchestrator.support import CHAT, build, chat_body, chat_request, client, config_content
+from tests.orchestrator.support import (
+    CHAT,
+    build,
+    chat_body,
+    chat_request,
+    client,
+    config_content,
+    eventually,
+)
 
 
 def priced(name: str, usd_per_mtok: float, **rule: object) -> ScriptedExpert:
@@ -60,6 +68,33 @@ async def test_what_was_broken_off_is_counted_by_what_was_written():
     assert call.error == "cancelled"
     assert call.usage.completion_tokens == 100
     assert call.cost_usd == pytest.approx(100 * 2e-6)
+
+
+async def test_a_tool_call_that_breaks_off_is_counted_by_what_was_written():
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    content = {
+        "name": "a",
+        "engine": "scripted",
+        "rules": [{"tool_call": {"name": "weather", "arguments": {"city": "x" * 400}}}],
+        "faults": {"share": 1.0, "kinds": ["broken"]},
+    }
+    experts = {"a": ScriptedExpert(ScriptedExpertConfig.model_validate(content))}
+    seen = context()
+    with pytest.raises(ExpertError):
+        await answer("a", chat_request(tools=tools), experts, seen)
+    assert seen.calls[0].usage.completion_tokens == pytest.approx(50, abs=3)
+
+
+async def test_a_call_that_is_cancelled_has_read_the_prompt():
+    experts = {"a": scripted("a", delay_s=30)}
+    seen = context()
+    task = asyncio.ensure_future(answer("a", chat_request("word " * 80), experts, seen))
+    await eventually(lambda: experts["a"].active == 1)
+    task.cancel()
+    await asyncio.wait({task})
+    (call,) = seen.calls
+    assert call.error == "cancelled"
+    assert call.usage == Usage.of(100, 0)
 
 
 async def test_errors_are_noted_by_name():

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,15 @@ from pydantic import ValidationError
 from experts.config import ScriptedExpertConfig
 from experts.errors import ExpertFailedError, InvalidRequestError
 from experts.scripted import ScriptedExpert
-from experts.types import ChatRequest, Chunk, Completion, CompletionRequest, collect
+from experts.types import (
+    ChatRequest,
+    Choice,
+    Chunk,
+    Completion,
+    CompletionRequest,
+    Usage,
+    collect,
+)
 from orchestrator.config import ConfigError, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import Candidate, Decision, RequestContext
@@ -28,11 +37,12 @@ from orchestrator.strategies.confidence import (
     mean_margin,
     mean_probability,
     unusable,
+    without_signal,
 )
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.strategies.supermodels import Beliefs, best_supermodel
 from orchestrator.testing import StrategyCheck, StrategyRun, scripted, strategy_checks
-from tests.orchestrator.support import config_content
+from tests.orchestrator.support import chat_request, config_content
 
 # What scripted experts' words have: exp(-0.25).
 SCRIPTED_PROBABILITY = math.exp(-0.25)
@@ -551,6 +561,13 @@ async def test_a_client_gets_the_log_probabilities_it_asked_for():
     assert [token["top_logprobs"] for token in logprobs["content"]] == [[]]
 
 
+def test_taking_log_probabilities_away_takes_nothing_else():
+    choice = Choice("text", [{"id": "1"}], "stop", {"content": []}, sources=[{"id": "a"}])
+    request = chat_request()
+    (left,) = without_signal(Completion([choice], Usage()), request).choices
+    assert left == replace(choice, logprobs=None)
+
+
 async def test_experts_without_log_probabilities_are_taken_at_their_prediction():
     silent = expert("first", capabilities=["chat"])
     run = Run(unsure(), [silent, expert("second")], quality=[0.7, 0.6], charges=[0.0, 0.2],
@@ -645,6 +662,14 @@ async def test_an_answer_that_is_no_json_is_worth_nothing():
         assert run.context.expert == by
 
 
+@pytest.mark.parametrize("text", ["[" * 600 + "]" * 600, "[" * 100_000 + "]" * 100_000])
+@pytest.mark.parametrize("shape", ["text", "json_object"])
+async def test_json_of_any_depth_fails_nobody(text: str, shape: str):
+    experts = [expert("first", answer_rule(text)), expert("second", answer_rule("{}"))]
+    run = Run(unsure(), experts, quality=[0.7, 0.6], response_format={"type": shape})
+    assert (await run.answer()).text == "{}"
+
+
 def test_what_is_surely_wrong():
     def found(text: str, calls: list[Any] | None = None, **fields: Any) -> bool:
         content = {"messages": [{"role": "user", "content": "hello"}], **fields}
@@ -655,12 +680,11 @@ def test_what_is_surely_wrong():
     assert not found("", [{"id": "1"}])
     assert found("no call", tools=[TOOL], tool_choice="required")
     assert not found("plain text")
-    assert found("[1", response_format={"type": "json_object"})
+    for text in ("[1", "[" * 100_000):
+        assert found(text, response_format={"type": "json_object"})
 
 
 def collected(text: str, calls: list[Any]) -> Completion:
-    from experts.types import Choice, Usage
-
     return Completion([Choice(text, calls)], Usage())
 
 

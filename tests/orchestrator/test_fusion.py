@@ -292,6 +292,21 @@ async def test_another_writes_json_if_the_aggregator_cannot():
     assert run.context.expert == "c"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_free_text_never_stands_in_for_guided_json(stream):
+    panel = [writer("a", error="failed"), writer("b", error="failed")]
+    run = Run(fusion(), panel, guided_json=CITY["json_schema"]["schema"], stream=stream)
+    assert isinstance(await run.error(), ExpertFailedError)
+    assert run.calls("answer") == ["a", "b"]
+
+
+async def test_what_one_of_several_refuses_is_answered_by_the_others():
+    panel = [writer("a"), member("b", error="invalid", delay_s=0.05), member("c", delay_s=0.1)]
+    run = Run(fusion(), panel)
+    assert (await run.answer()).text == "fused answer"
+    assert "c thinks" in run.last_prompt("a")
+
+
 async def test_a_streams_aggregator_is_replaced_up_to_its_first_chunk():
     panel = [writer("a", error="failed"), writer("b", '{"city": "Graz"}')]
     run = Run(fusion(), panel, response_format=CITY)

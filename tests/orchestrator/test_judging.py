@@ -76,6 +76,16 @@ async def test_the_better_answer_wins_in_either_order(first, second, score):
     assert (await one.compare(QUESTION, said(first), said(second))).score == score
 
 
+@pytest.mark.parametrize("name", ["better", "Grade (of ten)", "**Verdict", "Score is", "Grade\n"])
+@pytest.mark.parametrize("space", [" ", "\n", "*"])
+async def test_a_reply_of_spaces_takes_no_time(name, space):
+    one, _ = judge({"answer": f"Well.\n{name}{space * 100_000}?"})
+    started = time.process_time()
+    assert (await one.grade(QUESTION, said("4"))).score is None
+    assert (await one.compare(QUESTION, said("4"), said("5"))).score is None
+    assert time.process_time() - started < 2
+
+
 async def test_one_order_without_a_verdict_counts_half():
     one, _ = judge({"match": r"\[answer A \w+\]\n4", "answer": "Better: A"}, {"answer": "well"})
     assert (await one.compare(QUESTION, said("4"), said("5"))).score == 0.75

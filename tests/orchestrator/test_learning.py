@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from orchestrator.config import parse_config
 from orchestrator.core import Orchestrator
 from orchestrator.decision import PUBLIC, RequestContext
 from orchestrator.errors import UnknownModelError
-from orchestrator.learning.learner import Lesson, Lessons, drawn, preferred
+from orchestrator.learning.config import LearningConfig
+from orchestrator.learning.learner import Learner, Lesson, Lessons, drawn, preferred
 from orchestrator.options import RoutingOptions
 from tests.orchestrator.support import (
     CHAT,
@@ -230,6 +232,18 @@ def test_lessons_are_bounded_and_fit_into_a_store():
     assert Lesson.of_json(Lesson("auto").to_json()) == Lesson("auto")
 
 
+def test_lessons_of_another_config_teach_nothing():
+    learner = Learner(LearningConfig(encoder="hashing"), ["a", "b"])
+    features = np.ones(33, np.float16)
+    lesson = Lesson("auto", "a", {"a": 0.5, "gone": 0.5}, features, encoder="hashing")
+    assert not learner.learn(lesson, "gone", 1.0)
+    assert not learner.learn(lesson, "b", 1.0)
+    assert not learner.learn(replace(lesson, features=features[:9]), "a", 1.0)
+    assert not learner.learn(replace(lesson, encoder="another"), "a", 1.0)
+    assert learner.bandit.observations == 0
+    assert learner.learn(lesson, "a", 1.0)
+
+
 # --- experiments
 
 SPLIT = {"try": {"a": "auto", "b": "auto-cheap"}}
@@ -291,6 +305,16 @@ async def test_ratings_become_a_verdict():
     assert {"try": "experiment"} == {
         one["id"]: one["kind"] for one in listed if one["kind"] == "experiment"
     }
+
+
+async def test_an_arm_gets_no_ratings_of_a_route_that_it_was_before():
+    orchestrator = split()
+    orchestrator.learning.lessons.add("before", Lesson("auto", "a", experiment="try", arm="b"))
+    orchestrator.learning.lessons.add("now", Lesson("auto", "a", experiment="try", arm="a"))
+    assert not orchestrator.learning.learn("before", 1.0)
+    assert orchestrator.learning.learn("now", 1.0)
+    ratings = orchestrator.experiments["try"].ratings
+    assert (ratings["a"].n, ratings["b"].n) == (1, 0)
 
 
 async def test_an_unknown_model_is_told_of_experiments():

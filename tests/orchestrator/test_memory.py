@@ -69,6 +69,20 @@ async def test_sqlite_forgets_what_has_expired(tmp_path: Path, monkeypatch):
     await store.aclose()
 
 
+async def test_sqlite_keeps_no_more_values_than_it_may(monkeypatch):
+    monkeypatch.setattr("orchestrator.memory.sqlite.PURGE_EVERY_S", 0)
+    monkeypatch.setattr("orchestrator.memory.sqlite.MAX_VALUES", 2)
+    store = SQLiteStore()
+    await store.put("forever", b"")
+    await store.add("counter", 1, ttl_s=5)
+    for ttl_s in (50, 10, 40, 30):
+        await store.put(str(ttl_s), b"", ttl_s=ttl_s)
+    await store.get("")
+    rows = store._database.execute("SELECT key FROM entries ORDER BY key").fetchall()
+    assert rows == [(b"40",), (b"50",), (b"counter",), (b"forever",)]
+    await store.aclose()
+
+
 def test_sqlite_waits_for_another_replica_that_makes_the_file(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("orchestrator.memory.sqlite.BUSY_S", 0.0)
     path = str(tmp_path / "memory.db")

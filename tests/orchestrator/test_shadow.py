@@ -11,6 +11,7 @@ from experts.types import ChatRequest, collect
 from orchestrator.config import parse_config
 from orchestrator.decision import RequestContext
 from orchestrator.options import RoutingOptions
+from tests.orchestrator.composing import TOOL
 from tests.orchestrator.support import (
     CHAT,
     LOOK_S,
@@ -160,6 +161,23 @@ async def test_requests_that_say_who_may_see_them_are_not_copied():
     await asyncio.sleep(0.05)
     assert not any((await counts(orchestrator)).values())
     assert not expert(orchestrator, "small").requests
+
+
+async def test_a_copy_has_the_requests_own_options():
+    orchestrator = shadowed()
+    await asked(orchestrator, options=RoutingOptions(cost_quality=1.0, session_id="one"))
+    await settled(orchestrator, 1)
+    assert len(expert(orchestrator, "large").requests) == 2
+    assert not expert(orchestrator, "small").requests
+
+
+async def test_a_copy_that_calls_a_tool_is_dropped():
+    orchestrator = shadowed({"small": {"tool_call": {"name": "weather"}}})
+    await asked(orchestrator, tools=[TOOL])
+    await settled(orchestrator, 1)
+    assert (await counts(orchestrator))["dropped"] == 1
+    assert expert(orchestrator, "small").requests
+    assert not expert(orchestrator, "medium").requests
 
 
 async def test_only_the_wanted_share_is_copied():

@@ -49,6 +49,16 @@ async def test_plain_answers_fall_back_up_to_their_end(pieces: int):
     assert run.context.path == ["a", "b"]
 
 
+async def test_what_was_broken_off_before_counts_too():
+    broken = scripted("a", answer="1 2 3 4 5 6", error="failed", error_after_chunks=3)
+    run = StrategyRun(FallbackStrategy(), [broken, scripted("b")], stream=False)
+    usage = (await run.answer()).usage
+    first, second = (call.usage for call in run.context.calls)
+    assert first.completion_tokens > 0
+    assert usage == run.context.usage
+    assert usage.completion_tokens == first.completion_tokens + second.completion_tokens
+
+
 async def test_fallback_does_not_start_an_attempt_after_the_deadline():
     experts = [scripted("a", delay_s=30), scripted("b")]
     run = StrategyRun(FallbackStrategy(), experts, timeout_s=0.05)

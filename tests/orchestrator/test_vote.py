@@ -108,6 +108,15 @@ def test_an_answer_without_the_wanted_form_has_no_key(text: str, form: AnswerFor
     assert answer_key(Choice(text), form) is None
 
 
+@pytest.mark.parametrize("text", ["Answer:", "The answer is", "answer **", "The answer"])
+@pytest.mark.parametrize("form", ["auto", "final_line", "number"])
+def test_an_answer_of_spaces_takes_no_time(text: str, form: AnswerForm):
+    started = time.process_time()
+    answer_key(Choice(text + " " * 100_000), form)
+    answer_key(Choice(text + " " * 100_000 + "\nx"), form)
+    assert time.process_time() - started < 2
+
+
 def test_tool_calls_agree_by_name_and_arguments():
     def key(*calls: tuple[str, str]) -> str | None:
         made = [{"id": str(id(c)), "function": {"name": c[0], "arguments": c[1]}} for c in calls]
@@ -118,6 +127,14 @@ def test_tool_calls_agree_by_name_and_arguments():
     assert key(("f", "{}")) != key(("g", "{}"))
     assert key(("f", '{"a": 1}')) != key(("f", '{"a": 2}'))
     assert key(("f", "not json")) == key(("f", " not json"))
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+@pytest.mark.parametrize("form", ["auto", "json"])
+async def test_json_of_any_depth_is_an_answer(form: AnswerForm, depth: int):
+    deep = "[" * depth + "]" * depth
+    experts = [scripted("a"), scripted("b", answer=deep), scripted("c", answer=deep)]
+    assert (await StrategyRun(vote(answer=form), experts).answer()).text in ("a", deep)
 
 
 async def test_the_majority_wins_in_its_first_members_own_words():
@@ -274,6 +291,24 @@ async def test_experts_and_samples_together_ask_each_expert_before_any_again():
     run = StrategyRun(vote(experts=2, samples=2, answer="text"), [scripted(n) for n in "abc"])
     await run.answer()
     assert run.context.path == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "asked"),
+    [
+        ({"type": "top_p", "confidence": 0.85}, {}, 1),
+        ({"type": "top_p", "confidence": 0.95}, {}, 2),
+        ({}, {"top_k": 1}, 1),
+        ({}, {}, 3),
+    ],
+)
+async def test_the_surest_request_asks_one_expert(policy, options, asked):
+    routes = {"auto": {"router": "table", "policy": policy, "strategy": {"type": "vote"}}}
+    orchestrator = build(parse_config(config_content(routes=routes)))
+    response = await http_client(orchestrator).post(CHAT, json=chat_body(**options))
+    assert response.status_code == 200
+    names = ("small", "medium", "large")
+    assert sum(len(expert(orchestrator, name).requests) for name in names) == asked
 
 
 @pytest.mark.parametrize(("width", "path"), [(None, "abc"), (1, "a"), (2, "ab"), (4, "abcd")])
