@@ -320,8 +320,8 @@ def _error(expert: str, body: dict[str, Any]) -> Exception:
     if isinstance(status, int) and 400 <= status < 500:
         if limit := re.search(r"context length (?:is|of) (\d+)", message):
             # A prompt of very many characters is refused before its tokens are counted.
-            counted = re.search(
-                r"(?:total of|contains) (?:at least )?(\d+) (?:input )?tokens", message
+            counted = re.search(r"total of (?:at least )?(\d+) tokens", message) or re.search(
+                r"contains (?:at least )?(\d+) (?:input )?tokens", message
             )
             least = int(limit[1]) + 1
             return ContextLengthError(

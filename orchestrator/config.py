@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -513,17 +514,21 @@ def _ordered(value: Any) -> Any:
 
 
 def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:
+    def absolute(path: str) -> str:
+        # Not Path.expanduser: it fails for users that there are not.
+        return str((base / os.path.expanduser(path)).resolve())
+
     routers = {
-        name: router.model_copy(update={"path": str((base / router.path).resolve())})
+        name: router.model_copy(update={"path": absolute(router.path)})
         if isinstance(router, ArtefactRouterConfig) and ":" not in router.path
         else router
         for name, router in config.routers.items()
     }
     memory = config.memory
     if isinstance(memory, SQLiteMemoryConfig) and memory.path:
-        memory = memory.model_copy(update={"path": str((base / memory.path).resolve())})
+        memory = memory.model_copy(update={"path": absolute(memory.path)})
     experts = tuple(
-        entry.model_copy(update={"index": str((base / entry.index).resolve())})
+        entry.model_copy(update={"index": absolute(entry.index)})
         if isinstance(entry, RetrieverExpertConfig) and ":" not in entry.index
         else entry
         for entry in config.experts

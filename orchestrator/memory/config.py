@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from experts.config import EnvironmentName
-from orchestrator.strict import StrictModel
+from orchestrator.strict import StrictModel, default_type
 
 __all__ = ["MemoryConfig", "RedisMemoryConfig", "SQLiteMemoryConfig"]
 
@@ -59,4 +59,8 @@ class RedisMemoryConfig(_MemoryConfig):
         return self
 
 
-MemoryConfig = Annotated[SQLiteMemoryConfig | RedisMemoryConfig, Field(discriminator="type")]
+MemoryConfig = Annotated[
+    SQLiteMemoryConfig | RedisMemoryConfig,
+    Field(discriminator="type"),
+    default_type("sqlite"),
+]

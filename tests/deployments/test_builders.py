@@ -48,6 +48,19 @@ def test_deployment_options_reach_serve():
     assert deployment.max_queued_requests == 22
 
 
+def test_the_placement_of_an_engine_holds_all_that_its_replica_asks_for():
+    options = {
+        "num_cpus": 2,
+        "memory_gib": 1.5,
+        "ray_actor_options": {"resources": {"big": 1}},
+    }
+    entry = {"name": "a", "engine": "vllm", "model": "some/model", "device": "cpu"}
+    application = build(parse_config({"experts": [{**entry, "deployment": options}]}))
+    deployment = _deployment(application, "expert-a")
+    (bundle,) = deployment._replica_config.placement_group_bundles
+    assert bundle == {"CPU": 2, "big": 1, "memory": 1.5 * 2**30}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_serve_configs_that_hold_ours(path):
     from ray.serve.schema import ServeDeploySchema
@@ -56,6 +69,8 @@ def test_shipped_configs_are_serve_configs_that_hold_ours(path):
     assert [application.import_path for application in schema.applications] == [BUILDER]
     config = load_config(path)
     assert "auto" in config.routes
+    # What the ingress gets.
+    assert parse_config(config.model_dump(mode="json", by_alias=True)) == config
 
 
 @pytest.mark.parametrize("name", ["cpu-embedded", "remote-apis"])
@@ -121,6 +136,15 @@ def test_local_models_move_to_another_engine():
     (entry,) = config.experts
     assert entry.engine == "transformers"
     assert config.cards().keys() == load_config().cards().keys()
+
+
+def test_engines_on_gpus_move_to_the_cpu():
+    entry = {"name": "a", "engine": "vllm", "model": "some/model", "device": "gpu"}
+    found = with_engine(parse_config({"experts": [entry, SCRIPTED | {"name": "b"}]}), "vllm")
+    moved = found.experts[0]
+    assert isinstance(moved, VLLMExpertConfig)
+    assert moved.device == "cpu"
+    assert _deployment(build(found), "expert-a").ray_actor_options.get("num_gpus", 0) == 0
 
 
 def test_the_five_packages_come_from_one_place():

@@ -196,9 +196,12 @@ NUMBERS: list[tuple[str, str, str]] = [
     ("top_p -1e999", '"top_p":-1e999', "top_p"),
     ("max_tokens 1e3", '"max_tokens":1e3', "max_tokens"),
     ("seed of 5000 digits", '"seed":' + "9" * 5000, "body"),
+    ("deadline_ms of 400 digits", '"deadline_ms":' + "9" * 400, "deadline_ms"),
     ("unknown field NaN", '"x":NaN', "body"),
     ("unknown field Infinity", '"x":[1,{"y":-Infinity}]', "body"),
     ("unknown field 1e999", '"x":1e999', "body"),
+    ("unknown field of 400 digits", '"x":' + "9" * 400, "body"),
+    ("unknown field of 400 digits and a sign", '"x":{"y":[-' + "9" * 400 + "]}", "body"),
     ("a leading zero", '"n":01', "body"),
     ("a plus", '"n":+1', "body"),
     ("a hexadecimal number", '"n":0x1', "body"),
@@ -298,6 +301,13 @@ async def test_bad_input_is_refused(service, case):
         case.method, case.path, content=case.content, headers=case.headers
     )
     check_refusal(response, case.status, case.param)
+
+
+async def test_what_is_wrong_with_a_huge_number_is_said(service):
+    body = json.dumps(chat_body())[:-1] + ',"x":' + "9" * 400 + "}"
+    response = await service.post(CHAT, content=body, headers=JSON)
+    said = "the body holds a number that is too large: 99999999999999999999"
+    assert response.json()["error"]["message"] == said
 
 
 @pytest.mark.parametrize("path", [CHAT, ROUTE, TEXT])

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from orchestrator.config import (
     ArtefactRouterConfig,
+    BudgetConfig,
     CollegiumConfig,
     ConfigError,
     load_config,
     parse_config,
 )
+from orchestrator.memory.config import SQLiteMemoryConfig
 from tests.orchestrator.support import config_content
 
 MINIMAL = {"experts": [{"name": "a", "engine": "scripted"}]}
@@ -100,6 +102,13 @@ def test_rules_across_fields_name_the_values(path, value, said):
     assert said in error_of(changed(path, value))
 
 
+def test_embedders_share_the_name_space_of_experiments():
+    content = changed("experiments.ab", {"a": "auto", "b": "auto-cheap"})
+    assert parse_config(content).experiments
+    content["embedders"] = {"ab": {"encoder": "hashing"}}
+    assert "'ab' names an embedder and a route, experiment or expert" in error_of(content)
+
+
 def test_adapters_share_the_name_space_of_experts():
     expert = {"name": "a", "engine": "vllm", "model": "m", "adapters": [{"name": "a", "path": "p"}]}
     assert "expert 'a' is defined twice" in error_of({"experts": [expert]})
@@ -136,6 +145,29 @@ def test_relative_artefact_paths_start_at_the_config_file(tmp_path):
     assert router.path == str(tmp_path.resolve() / "routers/knn")
 
 
+def test_a_router_without_type_is_an_artefact_and_a_memory_a_file(tmp_path):
+    content = changed("routers.knn", {"path": "routers/knn"})
+    config = load_config(write(tmp_path, {**content, "memory": {"path": "m.db"}}))
+    home = tmp_path.resolve()
+    assert config.routers["knn"] == ArtefactRouterConfig(path=str(home / "routers/knn"))
+    assert config.memory == SQLiteMemoryConfig(path=str(home / "m.db"))
+
+
+def test_a_tilde_is_the_home_of_whoever_starts_the_service(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    retriever = {"name": "docs", "engine": "retriever", "index": "~/index"}
+    content = {
+        "experts": [retriever],
+        "routers": {"knn": {"path": "~/knn"}, "other": {"path": "~nobody at all/knn"}},
+        "memory": {"path": "~/m.db"},
+    }
+    config = load_config(write(tmp_path, content)).model_dump()
+    assert config["experts"][0]["index"] == "/home/me/index"
+    assert config["routers"]["knn"]["path"] == "/home/me/knn"
+    assert config["memory"]["path"] == "/home/me/m.db"
+    assert config["routers"]["other"]["path"] == str(tmp_path.resolve() / "~nobody at all/knn")
+
+
 @pytest.mark.parametrize("path", ["package:routers/embedded/auto", "/opt/coe"])
 def test_other_artefact_paths_stay(tmp_path, path):
     content = changed("routers.coe", {"type": "artefact", "path": path})
@@ -154,6 +186,19 @@ def test_a_serve_config_holds_ours(tmp_path):
     content = serve_config(config_content(server={"port": 8001}), http_options=http)
     config = load_config(write(tmp_path, content))
     assert (config.server.host, config.server.port) == ("0.0.0.0", 8001)
+
+
+def test_a_serve_config_keeps_the_server_of_the_file_it_points_to(tmp_path):
+    server = {"api_keys_env": "KEYS", "budget": {"usd_per_day": 3}, "port": 8001}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_content(server=server)))
+    http = {"host": "0.0.0.0", "port": 9000}
+    content = serve_config({"config_file": "c.yaml"}, http_options=http)
+    found = load_config(write(tmp_path, content)).server
+    assert (found.api_keys_env, found.budget) == ("KEYS", BudgetConfig(usd_per_day=3))
+    assert (found.host, found.port) == ("0.0.0.0", 8001)
+    content = serve_config({"config_file": "c.yaml", "server": {}}, http_options=http)
+    replaced = load_config(write(tmp_path, content)).server
+    assert (replaced.api_keys_env, replaced.port) == (None, 9000)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from orchestrator.config import ConfigError, parse_config
 from orchestrator.core import Orchestrator, load_routers
 from orchestrator.decision import RequestContext
 from orchestrator.errors import BadRequestError, EmptyPoolError, UnknownModelError
-from orchestrator.options import RoutingOptions
+from orchestrator.options import RoutingOptions, not_allowed
 from routers.base import Explanation, Prediction, Query, RouterError
 from tests.orchestrator.support import (
     build,
@@ -72,6 +72,33 @@ async def test_a_request_may_name_its_experts(orchestrator):
         await orchestrator.decide(chat_request(), options=RoutingOptions(allowed_models=["x*"]))
     with pytest.raises(EmptyPoolError, match="allowed_models"):
         await orchestrator.decide(chat_request(model="large"), options=options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "allowed"),
+    [
+        ("ab", "ab", True),
+        ("ab", "abc", False),
+        ("AB", "ab", False),
+        ("*", "ab", True),
+        ("**", "ab", True),
+        ("a*", "ab", True),
+        ("*b", "ab", True),
+        ("*b", "ba", False),
+        ("a*b*c", "a-bb-c", True),
+        ("a*b*c", "abc", True),
+        ("a*b*c", "acb", False),
+        ("*b*b*", "ab", False),
+        ("ab*ba", "aba", False),
+        ("ab*ba", "abba", True),
+        ("a*ba*a", "aba", False),
+        ("a**c", "abc", True),
+        ("a?[b]", "a?[b]", True),
+        ("a?", "ab", False),
+    ],
+)
+def test_a_star_stands_for_any_characters(pattern, name, allowed):
+    assert (not_allowed([name], [pattern]) == {}) is allowed
 
 
 async def test_a_request_may_bring_its_own_route(orchestrator):

@@ -26,6 +26,7 @@ from orchestrator.http.encoding import encode
 from orchestrator.http.errors import ERRORS, error_object, error_response, status_of
 from orchestrator.http.generation import decision_headers
 from orchestrator.http.openai_shapes import AnswerShape
+from orchestrator.http.requests import ChatBody
 from tests.orchestrator.support import (
     CHAT,
     ROUTE,
@@ -216,6 +217,15 @@ async def test_options_come_in_the_body_or_in_a_header_and_go_to_no_expert(optio
         assert response.status_code == 200, response.text
         assert response.json()["model"] == answered
         assert option not in expert(orchestrator, answered).requests[-1].model_dump()
+
+
+async def test_experts_can_read_a_headers_priority():
+    orchestrator = build(parse_config(config_content()))
+    http = client(orchestrator)
+    await http.post(CHAT, json=chat_body(), headers={"x-collegium-priority": "low"})
+    await http.post(CHAT, json=chat_body())
+    asked = expert(orchestrator, "large").requests
+    assert [request.priority for request in asked if isinstance(request, ChatBody)] == ["low", None]
 
 
 async def test_a_wrong_header_is_named():
@@ -453,6 +463,10 @@ async def test_more_requests_than_allowed_are_refused(path):
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert [(await task).status_code for task in busy] == [200, 200]
     assert (await http.post(path, json=chat_body())).status_code == 200
+    if path == CHAT:
+        page = (await http.get("/metrics")).text
+        assert metric(page, 'collegium_requests_total{expert="",model="",status="429"}') == 1
+        assert metric(page, "collegium_in_flight_requests") == 0
 
 
 async def test_every_way_to_end_gives_its_place_back():

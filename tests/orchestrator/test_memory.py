@@ -124,7 +124,7 @@ async def test_redis_works_again_after_a_restart(tmp_path: Path):
         ({"type": "redis", "url": "redis://:secret@a"}, "memory.redis.url: holds a password"),
         ({"type": "redis", "url": "redis://a?password=b"}, "holds a password"),
         ({"type": "sqlite", "url": "redis://a"}, "memory.sqlite.url: Extra inputs"),
-        ({"path": "a.db"}, "discriminator 'type'"),
+        ({"url_env": "A"}, "memory.sqlite.url_env: Extra inputs"),
         ({"type": "sqlite", "max_records": 0}, "memory.sqlite.max_records"),
         ({"type": "sqlite", "timeout_s": 0}, "memory.sqlite.timeout_s"),
     ],

@@ -2,14 +2,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from typing import Any
 
-from orchestrator.config import parse_config
-from orchestrator.core import Orchestrator
+from orchestrator.config import CollegiumConfig, parse_config
+from orchestrator.core import Orchestrator, load_routers
 from routers.baselines import BestSingleRouter
 from routers.outcomes import OutcomeTable
 from routers.releases import publish, rollback
 from routers.testing import MODELS, example_table
-from tests.orchestrator.support import CHAT, build, chat_body, chat_request, client
+from tests.orchestrator.support import (
+    CHAT,
+    build,
+    chat_body,
+    chat_request,
+    client,
+    eventually,
+    expert,
+)
+
+LEARNS = {"auto": {"router": "learned", "learning": {"encoder": "hashing"}}}
 
 
 def router_for(best: str, path, models=MODELS):
@@ -22,13 +34,20 @@ def router_for(best: str, path, models=MODELS):
     return path
 
 
-def service(folder) -> Orchestrator:
+def config_for(folder, rules: Mapping[str, Any] | None = None, **changes: Any) -> CollegiumConfig:
+    """Three experts behind a router with releases; the one rule of some experts replaced."""
+    given = rules or {}
     experts = [
-        {"name": name, "engine": "scripted", "rules": [{"delay_s": 0.01}]} for name in MODELS
+        {"name": name, "engine": "scripted", "rules": [given.get(name, {"delay_s": 0.01})]}
+        for name in MODELS
     ]
     routers = {"learned": {"type": "artefact", "path": str(folder), "reload_s": 0.02}}
     routes = {"auto": {"router": "learned"}}
-    return build(parse_config({"experts": experts, "routers": routers, "routes": routes}))
+    return parse_config({"experts": experts, "routers": routers, "routes": routes, **changes})
+
+
+def service(folder, rules: Mapping[str, Any] | None = None, **changes: Any) -> Orchestrator:
+    return build(config_for(folder, rules, **changes))
 
 
 async def first_expert(orchestrator: Orchestrator) -> str:
@@ -97,3 +116,78 @@ async def test_models_show_the_experts_of_the_release_in_use(tmp_path):
     await until(orchestrator, MODELS[1])
     entry = (await client(orchestrator).get("/v1/models/auto")).json()
     assert entry["experts"] == list(MODELS[:2])
+
+
+async def test_a_release_published_while_the_service_starts_is_taken_up(tmp_path):
+    folder = tmp_path / "router"
+    old = publish(router_for(MODELS[0], tmp_path / "a"), folder)
+    config = config_for(folder)
+    routers = load_routers(config)
+    new = publish(router_for(MODELS[1], tmp_path / "b"), folder)
+    orchestrator = Orchestrator(config, {}, routers)
+    decision = await orchestrator.decide(chat_request())
+    assert (decision.experts[0], decision.router_release) == (MODELS[0], old)
+    await until(orchestrator, MODELS[1])
+    assert (await orchestrator.decide(chat_request())).router_release == new
+
+
+async def test_embeddings_alone_take_up_a_release(tmp_path):
+    folder = tmp_path / "router"
+    publish(router_for("cook", tmp_path / "a"), folder)
+    orchestrator = build(
+        config_for(
+            folder,
+            experts=[{"name": "one", "engine": "scripted"}],
+            routes={},
+            embedders={name: {"encoder": "characters"} for name in MODELS},
+            embedding_route={"router": "learned"},
+        )
+    )
+    http = client(orchestrator)
+
+    async def chosen() -> str:
+        return str((await http.post("/v1/embeddings", json={"input": "hello"})).json()["model"])
+
+    assert await chosen() == "cook"
+    publish(router_for("lawyer", tmp_path / "b"), folder)
+    async with asyncio.timeout(5):
+        while await chosen() != "lawyer":
+            await asyncio.sleep(0.01)
+
+
+async def test_a_release_with_one_more_expert_keeps_what_was_learnt(tmp_path):
+    folder = tmp_path / "router"
+    publish(router_for("cook", tmp_path / "a", MODELS[:2]), folder)
+    orchestrator = service(folder, routes=LEARNS)
+    http = client(orchestrator)
+
+    async def rated(reward: float) -> str:
+        response = await http.post(CHAT, json=chat_body())
+        assert orchestrator.learning.learn(response.headers["x-collegium-decision-id"], reward)
+        return str(response.json()["model"])
+
+    assert await rated(1.0) == "cook"
+    publish(router_for("lawyer", tmp_path / "b"), folder)
+    await until(orchestrator, "lawyer")
+    assert await rated(1.0) == "lawyer"
+    decision = await orchestrator.decide(chat_request())
+    assert len(decision.candidates) == 3
+    assert decision.detail["learning"]["observations"] == 2
+
+
+async def test_a_release_with_one_expert_less_breaks_no_request_under_way(tmp_path):
+    folder = tmp_path / "router"
+    publish(router_for("cook", tmp_path / "a"), folder)
+    rules = {"cook": {"delay_s": 1.0, "error": "unavailable"}}
+    orchestrator = service(folder, rules, routes=LEARNS)
+    answer = asyncio.ensure_future(client(orchestrator).post(CHAT, json=chat_body()))
+    await eventually(lambda: expert(orchestrator, "cook").active == 1)
+    publish(router_for("lawyer", tmp_path / "b", ("cook", "lawyer")), folder)
+    await until(orchestrator, "lawyer")
+    assert not answer.done()
+    response = await answer
+    assert (response.status_code, response.json()["model"]) == (200, "generalist")
+    assert orchestrator.learning.learn(response.headers["x-collegium-decision-id"], 1.0)
+    decision = await orchestrator.decide(chat_request())
+    assert "generalist" not in decision.experts
+    assert decision.detail["learning"]["observations"] == 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from click.testing import CliRunner
 
@@ -34,6 +36,38 @@ def test_the_latest_release_is_in_use_and_a_rollback_goes_one_back(artefacts, tm
     assert publish(artefacts[1], folder) > names[2], "numbers are not used twice"
 
 
+def test_a_rollback_may_name_an_older_release(artefacts, tmp_path):
+    folder = tmp_path / "router"
+    names = [publish(artefact, folder) for artefact in (*artefacts, artefacts[0])]
+    assert rollback(folder, to=names[0]) == names[0] == current_release(folder).name
+    with pytest.raises(RouterError, match=f"no release {names[1]!r} before {names[0]!r}"):
+        rollback(folder, to=names[1])
+
+
+def test_a_publication_that_failed_does_not_block_the_next(artefacts, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    folder = tmp_path / "router"
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "copytree", full)
+        with pytest.raises(OSError, match="no space left"):
+            publish(artefacts[0], folder)
+    assert release_names(folder) == []
+    assert publish(artefacts[0], folder).startswith("0001-")
+
+
+def test_stray_files_are_no_releases(artefacts, tmp_path):
+    folder = tmp_path / "router"
+    first = publish(artefacts[0], folder)
+    for stray in (".DS_Store", "notes.txt", "old-copy"):
+        (folder / "releases" / stray).touch()
+    second = publish(artefacts[1], folder)
+    assert release_names(folder) == [first, second]
+    assert second.startswith("0002-")
+    assert rollback(folder) == first
+
+
 def test_an_artefact_is_its_own_release(artefacts):
     assert current_release(artefacts[0]) == artefacts[0]
     with pytest.raises(RouterError, match="no release before"):
@@ -66,6 +100,15 @@ def test_the_command_publishes_lists_and_rolls_back(artefacts, tmp_path):
     assert CliRunner().invoke(main, ["release", "rollback", folder]).exit_code == 0
     listed = CliRunner().invoke(main, ["release", "list", folder]).output.splitlines()
     assert [line[:6] for line in listed] == ["* 0001", "  0002"]
+    assert (
+        CliRunner().invoke(main, ["release", "publish", folder, str(artefacts[0])]).exit_code == 0
+    )
+    first = release_names(tmp_path / "router")[0]
+    named = CliRunner().invoke(main, ["release", "rollback", folder, "--to", first])
+    assert (named.exit_code, named.output) == (0, f"{folder} now uses {first}\n")
+    missing = CliRunner().invoke(main, ["release", "rollback", folder, "--to", "0009-gone"])
+    assert missing.exit_code == 2
+    assert "no release '0009-gone' before" in missing.output
     again = CliRunner().invoke(main, ["release", "rollback", folder])
     assert again.exit_code == 2
     assert "no release before" in again.output
