@@ -124,7 +124,7 @@ def _options(deployment: DeploymentConfig) -> dict[str, Any]:
 def _reserved(actor: dict[str, Any]) -> dict[str, float]:
     """What a replica asks for beside CPUs and GPUs: its placement group must hold it too."""
     memory = {"memory": actor["memory"]} if "memory" in actor else {}
-    return {**actor.get("resources", {}), **memory}
+    return {**(actor.get("resources") or {}), **memory}
 
 
 def _with_environment(entry: VLLMExpertConfig) -> dict[str, Any]:
