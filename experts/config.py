@@ -271,7 +271,8 @@ class RetrieverExpertConfig(_Strict):
     min_score: float = Field(default=-1.0, ge=-1, le=1)
     """The reader is asked without passages where none has a cosine as high as this."""
     append_sources: bool = False
-    """Also list the sources at the end of the answer's text, not only in its field ``sources``."""
+    """Also list the sources at the end of the answer's text, not only in its field ``sources``;
+    never behind JSON or an answer chosen from given ones."""
     latency_s: float | None = Field(default=None, gt=0)
     """Seconds a whole answer typically takes, for policies with a ceiling; none leaves it to what
     was measured when the router's outcome table was collected."""
