@@ -1,33 +1,46 @@
-"""Retrieval on the small labelled set: embedders, routes between them, ways to search, the gate.
+"""Retrieval on the small labelled set: embedders, routes, ways to search, follow-ups, the gate.
 
     python -m benchmarks.retrieval [--out docs/results/retrieval]
 
 What was chosen was chosen by the questions of the split ``train``; those of ``test`` are judged on.
-Run it with OPENBLAS_NUM_THREADS=1. Approximate searches are timed as well where faiss-cpu or
-usearch are installed.
+Approximate searches are timed as well where faiss-cpu or usearch are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import random
 import re
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from benchmarks.pages import command_line, write
+from benchmarks.pages import GAIN, command_line, write
 from evals.metrics import Estimate, auroc, bootstrap_mean, paired_difference
-from evals.retrieval import Question, ndcg, read_questions, retrieval_table
+from evals.retrieval import (
+    CUTOFF,
+    FollowUp,
+    Question,
+    ndcg,
+    read_follow_ups,
+    read_questions,
+    retrieval_table,
+)
+from experts.config import RetrieverExpertConfig
+from experts.retrieval.expert import RetrieverExpert
 from experts.retrieval.index import IndexedEncoder, IndexManifest, PassageIndex, build_index
 from experts.retrieval.passages import Passage, read_documents
+from experts.types import ChatRequest, collect
 from routers.base import Query
 from routers.baselines import category_table_choice
 from routers.coe import CoERouter
@@ -41,6 +54,7 @@ EMBEDDERS = {"english": "minilm-int8", "many": "multilingual", "words": "static"
 # Found by five-fold cross-validation of the training questions.
 LEAST_VOTES = 3.0
 FUSED = 50
+SHOWN = 4
 SIZES = (10_000, 100_000)
 WIDTH = 384
 
@@ -77,6 +91,13 @@ def routed(table: OutcomeTable) -> list[Row]:
     return rows
 
 
+def indexed(names: Sequence[str], folder: Path) -> PassageIndex:
+    """An index of the documents with these encoders."""
+    target = folder / "+".join(names)
+    build_index(read_documents(DATA / "documents"), [get_encoder(n) for n in names], target)
+    return PassageIndex.load(target, get_encoder)
+
+
 class Searches:
     """Ways to rank the documents, each by a name. The set has one passage per document."""
 
@@ -84,13 +105,10 @@ class Searches:
         self._passages = passages
         self._texts = [passage.full_text for passage in passages]
         self._folder = folder
-        self._vectors = {name: get_encoder(name).encode(self._texts) for name in EMBEDDERS.values()}
 
     def dense(self, *names: str) -> Callable[[str], Ranking]:
         """The search of an index with these encoders."""
-        target = self._folder / "+".join(names)
-        build_index(read_documents(DATA / "documents"), [get_encoder(n) for n in names], target)
-        index = PassageIndex.load(target, get_encoder)
+        index = indexed(names, self._folder)
         return lambda text: [one.passage.path for one in index.search(text, FUSED)]
 
     def lexical(self, tokenizer: str) -> Callable[[str], Ranking]:
@@ -170,18 +188,85 @@ def _scores(
     return np.array([ndcg(search(q.text), q.document) for q in questions if q.split == split])
 
 
+def switches(questions: Sequence[Question]) -> list[FollowUp]:
+    """Each test question after one of the same category about another document."""
+    rng = random.Random(0)
+    pairs = []
+    for asked in questions:
+        if asked.split == "test":
+            others = [
+                other.text
+                for other in questions
+                if other.category == asked.category and other.document != asked.document
+            ]
+            pairs.append(FollowUp(rng.choice(others), asked.text, asked.document))
+    return pairs
+
+
+def followed(cases: Mapping[str, Sequence[FollowUp]], folder: Path) -> list[Row]:
+    """What a retriever finds for the second of two questions, by what it looks up."""
+    rows: list[Row] = []
+    for names in (["minilm-int8"], ["multilingual"], ["minilm-int8", "multilingual"]):
+        index = indexed(names, folder)
+        last, both = (_retriever(index, turns) for turns in (1, 2))
+        for case, pairs in cases.items():
+            ways = {
+                "last turn": [_found(last, pair.text) for pair in pairs],
+                # The newest first, as the expert joins them.
+                "turns joined": [_found(last, f"{p.text}\n{p.earlier}") for p in pairs],
+                "**both**": [_found(both, pair.earlier, pair.text) for pair in pairs],
+            }
+            scores = {way: _judged(found, pairs) for way, found in ways.items()}
+            for way, (hit, worth) in scores.items():
+                row: Row = {"name": _joined(names), "case": case, "way": way}
+                for kind, values, best in zip(
+                    ("hit", "ndcg"), (hit, worth), scores["**both**"], strict=True
+                ):
+                    gain = paired_difference(best, values)
+                    row |= {f"{kind}_{k}": v for k, v in _named(bootstrap_mean(values)).items()}
+                    row |= {f"{kind}_{k}": v for k, v in zip(GAIN, gain[:3], strict=True)}
+                rows.append(row)
+    return rows
+
+
+def _retriever(index: PassageIndex, turns: int) -> RetrieverExpert:
+    config = RetrieverExpertConfig(
+        name="docs", engine="retriever", index="given", turns=turns, top_k=CUTOFF,
+        max_context_tokens=100_000,
+    )  # fmt: skip
+    return RetrieverExpert(config, index, None)
+
+
+def _found(retriever: RetrieverExpert, *turns: str) -> Ranking:
+    messages = [{"role": "user", "content": text} for text in turns]
+    request = ChatRequest.model_validate({"messages": messages})
+    answer = asyncio.run(collect(retriever.stream(request, timeout_s=60)))
+    return [source["path"] for source in answer.choices[0].sources or []]
+
+
+def _judged(
+    found: Sequence[Ranking], pairs: Sequence[FollowUp]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Hit@4 and nDCG@10 of each."""
+    both = list(zip(found, pairs, strict=True))
+    hit = [float(pair.document in ranking[:SHOWN]) for ranking, pair in both]
+    return np.array(hit), np.array([ndcg(ranking, pair.document) for ranking, pair in both])
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
 def gate(questions: Sequence[Question], folder: Path) -> list[Row]:
     """How well the best passage's score tells questions about the documents from others."""
     table = OutcomeTable.load("evals/data/embedded_table").with_prompts_of("validation")
     others = [t for t, c in zip(table.texts, table.categories or [], strict=True) if c == "general"]
     rows: list[Row] = []
     for names in (["minilm-int8"], ["multilingual"], ["minilm-int8", "multilingual"]):
-        target = folder / "+".join(names)
-        build_index(read_documents(DATA / "documents"), [get_encoder(n) for n in names], target)
-        index = PassageIndex.load(target, get_encoder)
+        index = indexed(names, folder)
 
         def best(text: str, index: PassageIndex = index) -> float:
-            return max(one.score for one in index.search(text, 4))
+            return max(one.score for one in index.search(text, SHOWN))
 
         inside = np.array([best(question.text) for question in questions])
         outside = np.array([best(text) for text in others])
@@ -190,7 +275,7 @@ def gate(questions: Sequence[Question], folder: Path) -> list[Row]:
         threshold = float(np.quantile(inside, 0.05))
         rows.append(
             {
-                "name": " and ".join(f"`{name}`" for name in names),
+                "name": _joined(names),
                 "inside": len(inside),
                 "outside": len(outside),
                 "auroc": float(auroc(scores, about)),
@@ -297,30 +382,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     out = parser.parse_args().out
     questions = read_questions(DATA / "questions.jsonl")
+    follow_ups = read_follow_ups(DATA / "follow_ups.jsonl")
     encoders = {name: get_encoder(encoder) for name, encoder in EMBEDDERS.items()}
-    table = retrieval_table(read_documents(DATA / "documents"), questions, encoders)
+    documents = list(read_documents(DATA / "documents"))
+    table = retrieval_table(documents, questions, encoders)
+    counts: Row = {"documents": len(documents), "questions": len(questions)}
+    counts |= {split: sum(q.split == split for q in questions) for split in ("train", "test")}
+    cases = {"follow-ups": follow_ups, "switches": switches(questions)}
+    counts |= {case: len(pairs) for case, pairs in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
         found = {
+            "counts": [counts],
             "routed": routed(table),
             "searched": searched(questions, Path(folder)),
+            "followed": followed(cases, Path(folder)),
             "gate": gate(questions, Path(folder)),
-            "timed": [row for size in SIZES for row in timed(size)],
         }
+    with threadpool_limits(1):
+        found["timed"] = [row for size in SIZES for row in timed(size)]
     print(page(found))
     write(out, page(found), found)
 
 
 def page(found: dict[str, list[Row]]) -> str:
     """The page in Markdown."""
-    return "\n".join([_intro(), *_routed(found["routed"]), *_searched(found["searched"]),
-                      *_gate(found["gate"]), *_timed(found["timed"])]) + "\n"  # fmt: skip
+    counts = found["counts"][0]
+    return "\n".join([_intro(counts), *_routed(found["routed"]), *_searched(found["searched"]),
+                      *_followed(found["followed"], counts), *_gate(found["gate"]),
+                      *_timed(found["timed"])]) + "\n"  # fmt: skip
 
 
-def _intro() -> str:
+def _intro(counts: Row) -> str:
     return (
-        f"# Retrieval\n\n`{command_line().strip()}`; 64 documents, 177 questions "
-        "([the set](../../evals/data/retrieval/README.md)), 85 of them `train`, 92 `test`; nDCG@10 "
-        "with 95% intervals of the bootstrap. Both halves ask about the same documents.\n"
+        f"# Retrieval\n\n`{command_line().strip()}`; {counts['documents']} documents, "
+        f"{counts['questions']} questions ([the set](../../evals/data/retrieval/README.md)), "
+        f"{counts['train']} of them `train`, {counts['test']} `test`; nDCG@10 with 95% intervals "
+        "of the bootstrap. Both halves ask about the same documents.\n"
     )
 
 
@@ -328,9 +425,6 @@ def _interval(row: Row, prefix: str = "", keys: Sequence[str] = ("mean", "low", 
     mean, low, high = (float(row[prefix + key]) for key in keys)
     sign = "+" if keys[0] == "gain" else ""
     return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
-
-
-GAIN = ("gain", "gain_low", "gain_high")
 
 
 def _routed(rows: list[Row]) -> list[str]:
@@ -359,12 +453,39 @@ def _searched(rows: list[Row]) -> list[str]:
     ]
 
 
+def _followed(rows: list[Row], counts: Row) -> list[str]:
+    lines = [
+        "## Follow-up questions\n",
+        "What a retriever finds for the second of two questions of a user: by the last turn alone, "
+        "by the two joined, and by both, as shipped with `turns: 2`, where each passage counts by "
+        f"the better. {counts['follow-ups']} follow-ups are hardly understood alone, and the "
+        "document of the question before answers them too; in "
+        f"{counts['switches']} switches a test question comes after one of the same category about "
+        "another document. Looking up both was chosen on these same cases.\n",
+    ]
+    for case in ("follow-ups", "switches"):
+        lines += [
+            f"| {case}: index | looked up | hit@{SHOWN} | both less this | nDCG@{CUTOFF} "
+            "| both less this |",
+            "|---|---|--:|--:|--:|--:|",
+            *(
+                f"| {row['name']} | {row['way']} | {_interval(row, 'hit_')} "
+                f"| {_interval(row, 'hit_', GAIN)} | {_interval(row, 'ndcg_')} "
+                f"| {_interval(row, 'ndcg_', GAIN)} |"
+                for row in rows
+                if row["case"] == case
+            ),
+            "",
+        ]
+    return lines
+
+
 def _gate(rows: list[Row]) -> list[str]:
     return [
         "## The gate `min_score`\n",
         "Score of the best passage for all questions of the set, and for validation prompts of "
-        "the category `general` of the embedded table. The threshold lets 95 % of the former "
-        "through.\n",
+        "the category `general` of the embedded table. The threshold is the 5 % quantile of the "
+        "former, so that it lets 95 % of them through.\n",
         "| index | about the documents | others | AUROC | threshold | others let through |",
         "|---|--:|--:|--:|--:|--:|",
         *(

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experts.retrieval.passages import DEFAULT_CHARACTERS, split_document
 from routers.encoders import Encoder
 from routers.outcomes import SPLITS, OutcomeTable, Prompts, TableError
 
-__all__ = ["CUTOFF", "Question", "ndcg", "read_questions", "retrieval_table"]
+__all__ = [
+    "CUTOFF",
+    "FollowUp",
+    "Question",
+    "ndcg",
+    "read_follow_ups",
+    "read_questions",
+    "retrieval_table",
+]
 
 CUTOFF = 10
 
@@ -37,6 +46,21 @@ class Question:
     split: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """A question that says only together with an earlier one what it is about.
+
+    Attributes:
+        earlier: What was asked before.
+        text: The question.
+        document: Path of the document that answers both.
+    """
+
+    earlier: str
+    text: str
+    document: str
+
+
 def read_questions(file: Path) -> list[Question]:
     """Questions from a file of JSON lines: question, document, optional category and split.
 
@@ -44,18 +68,8 @@ def read_questions(file: Path) -> list[Question]:
         TableError: A line is malformed; says which.
     """
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question = Question(
-                row["question"], row["document"], row.get("category"), row.get("split")
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise TableError(
-                f"line {number} of {file} must be a JSON object with 'question' and 'document'"
-            ) from None
+    for number, row in _rows(file, ("question", "document")):
+        question = Question(row["question"], row["document"], row.get("category"), row.get("split"))
         if question.split not in (None, *SPLITS):
             raise TableError(f"line {number} of {file}: 'split' must be one of {SPLITS}")
         questions.append(question)
@@ -64,6 +78,37 @@ def read_questions(file: Path) -> list[Question]:
         if any(given) and not all(given):
             raise TableError(f"{file}: give {name!r} in every line or in none")
     return questions
+
+
+def read_follow_ups(file: Path) -> list[FollowUp]:
+    """Follow-up questions from a file of JSON lines: earlier, follow_up and document.
+
+    Raises:
+        TableError: A line is malformed; says which.
+    """
+    fields = ("earlier", "follow_up", "document")
+    return [FollowUp(*(row[name] for name in fields)) for _, row in _rows(file, fields)]
+
+
+def _rows(file: Path, texts: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and content of each line, which must have these texts."""
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not all(_is_text(row.get(name)) for name in texts):
+            names = " and ".join([", ".join(map(repr, texts[:-1])), repr(texts[-1])])
+            raise TableError(
+                f"line {number} of {file} must be a JSON object with the texts {names}"
+            )
+        yield number, row
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def ndcg(ranking: Sequence[str], relevant: str, cutoff: int = CUTOFF) -> float:

@@ -262,15 +262,17 @@ class RetrieverExpertConfig(_Strict):
     top_k: int = Field(default=4, ge=1, le=64)
     """Passages to read at most."""
     max_context_tokens: int = Field(default=1024, ge=16)
-    """Tokens of all passages together at most; fewer where the reader's context is too short. The
-    expected cost of an answer counts them in full."""
+    """Tokens of all passages together at most, and no fewer than the index's longest takes; fewer
+    are used where the reader's context is too short. The expected cost of an answer counts them in
+    full."""
     turns: int = Field(default=2, ge=1)
     """User messages to look up: the last one, and all of these together, for follow-ups such as
     "and how much is it?". A passage counts by whichever it fits better; 1 looks up the last."""
     min_score: float = Field(default=-1.0, ge=-1, le=1)
     """The reader is asked without passages where none has a cosine as high as this."""
     append_sources: bool = False
-    """Also list the sources at the end of the answer's text, not only in its field ``sources``."""
+    """Also list the sources at the end of the answer's text, not only in its field ``sources``;
+    never behind JSON or an answer chosen from given ones."""
     latency_s: float | None = Field(default=None, gt=0)
     """Seconds a whole answer typically takes, for policies with a ceiling; none leaves it to what
     was measured when the router's outcome table was collected."""

@@ -17,6 +17,7 @@ from experts.base import AnyRequest, Expert
 from experts.config import RetrieverExpertConfig, retriever_card
 from experts.errors import (
     ContextLengthError,
+    ExpertConfigError,
     ExpertFailedError,
     ExpertTimeoutError,
     ExpertUnavailableError,
@@ -56,6 +57,9 @@ class RetrieverExpert:
         config: What to do.
         index: Where to look.
         reader: Who answers; none if the config names nobody. It is not closed with this expert.
+
+    Raises:
+        ExpertConfigError: The index has a passage that would never be shown.
     """
 
     def __init__(
@@ -64,6 +68,13 @@ class RetrieverExpert:
         self._config = config
         self._index = index
         self._reader = reader
+        longest = max((_tokens(config.top_k, Found(one, 0.0)) for one in index.passages), default=0)
+        if longest > config.max_context_tokens:
+            raise ExpertConfigError(
+                f"expert {config.name!r}: a passage of its index takes up to {longest} tokens, and "
+                f"max_context_tokens is {config.max_context_tokens}; raise it, or index again with "
+                "fewer --characters"
+            )
         self._card = retriever_card(config, None if reader is None else reader.card)
         self._threads = ThreadPoolExecutor(SEARCH_THREADS, thread_name_prefix="retriever")
         self._closed = False
@@ -156,18 +167,18 @@ class RetrieverExpert:
         return self._fitting(request, found)
 
     def _fitting(self, request: ChatRequest, found: Sequence[Found]) -> list[Found]:
-        """As many of the best passages as there is room for."""
+        """The best passages that there is room for."""
         room = self._config.max_context_tokens
         if self._reader is not None and self._card.context_length is not None:
             asked = sum(map(len, (INSTRUCTION, *(m.text for m in request.messages))))
             taken = asked // CHARACTERS_PER_TOKEN + (request.token_limit or ANSWER_TOKENS)
             room = min(room, self._card.context_length - taken)
-        kept = []
-        for number, one in enumerate(found, start=1):
-            room -= len(_passage(number, one)) // CHARACTERS_PER_TOKEN + 1
-            if room < 0:
-                break
-            kept.append(one)
+        kept: list[Found] = []
+        for one in found:
+            tokens = _tokens(len(kept) + 1, one)
+            if tokens <= room:
+                kept.append(one)
+                room -= tokens
         return kept
 
 
@@ -176,6 +187,11 @@ def _passage(number: int, one: Found) -> str:
     text = _TAG.sub("&lt;", one.passage.text)
     title = html.escape(one.passage.title)
     return f'<passage number="{number}" title="{title}">\n{text}\n</passage>'
+
+
+def _tokens(number: int, one: Found) -> int:
+    """About so many does a passage take."""
+    return len(_passage(number, one)) // CHARACTERS_PER_TOKEN + 1
 
 
 def _with_passages(request: ChatRequest, found: Sequence[Found]) -> ChatRequest:

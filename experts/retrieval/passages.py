@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from experts.errors import ExpertConfigError
@@ -17,10 +18,6 @@ DEFAULT_CHARACTERS = 800
 # A file larger than this is hardly one that somebody wrote.
 MAX_BYTES = 32 << 20
 
-# "# C#" is about C#: hashes close a heading only after a space.
-_HEADING = re.compile(r"(#{1,6})\s+(.*?)(?:\s+#+)?\s*$")
-# A line such as ```x``` is code within a paragraph.
-_FENCE = re.compile(r"\s{0,3}(`{3,}(?!.*`)|~{3,})")
 _SENTENCE_END = re.compile(r"(?:[.!?:;]+[\"')\]]*\s|[。！？]+[\"')\]]*)\s*|\n")  # noqa: RUF001
 
 
@@ -99,43 +96,50 @@ def split_document(path: str, text: str, characters: int = DEFAULT_CHARACTERS) -
 
 def _sections(path: str, text: str) -> Iterator[tuple[str, list[str]]]:
     """Title and paragraphs of each section."""
-    headings: list[tuple[int, str]] = []
+    above: list[tuple[int, str]] = []
     paragraphs: list[str] = []
-    lines: list[str] = []
-    fence = ""
+    held: list[str] = []
 
     def title() -> str:
-        return " > ".join(name for _, name in headings) or Path(path).stem
+        return " > ".join(name for _, name in above) or Path(path).stem
 
     def end_paragraph() -> None:
-        if any(line.strip() for line in lines):
-            paragraphs.append("\n".join(lines).strip("\n").rstrip())
-        lines.clear()
+        if held:
+            paragraphs.append("\n".join(held).rstrip())
+            held.clear()
 
-    markdown = not path.lower().endswith(".txt")
-    for line in text.splitlines():
-        marker = _FENCE.match(line) if markdown else None
-        heading = _HEADING.match(line) if markdown and not fence else None
-        if heading:
+    lines = text.splitlines()
+    headings, code = ({}, set()) if path.lower().endswith(".txt") else _marked(lines)
+    for number, line in enumerate(lines):
+        if number in headings:
             end_paragraph()
             yield title(), paragraphs[:]
             paragraphs.clear()
-            depth = len(heading[1])
-            headings[:] = [(d, name) for d, name in headings if d < depth]
-            headings.append((depth, heading[2]))
-            continue
-        if marker:
-            if not fence:
-                fence = marker[1]
-            elif line.strip() == fence:
-                fence = ""
+            depth, _ = headings[number]
+            above[:] = [*(one for one in above if one[0] < depth), headings[number]]
         # Code stays in one piece where it fits.
-        if line.strip() or fence:
-            lines.append(line)
+        elif line.strip() or number in code:
+            held.append(line)
         else:
             end_paragraph()
     end_paragraph()
     yield title(), paragraphs
+
+
+def _marked(lines: list[str]) -> tuple[dict[int, tuple[int, str]], set[int]]:
+    """Depth and name of headings by their line, and the lines of code, in Markdown."""
+    from markdown_it import MarkdownIt
+
+    # Underlined headings are none: what stands between the dashes of front matter would be one.
+    parser = MarkdownIt().disable(["lheading", "inline"])
+    tokens = parser.parse("\n".join(lines))
+    headings = {
+        token.map[0]: (int(token.tag[1:]), inside.content)
+        for token, inside in pairwise(tokens)
+        if token.type == "heading_open" and token.level == 0 and token.map
+    }
+    code = [token.map for token in tokens if token.type in ("fence", "code_block") and token.map]
+    return headings, {number for first, end in code for number in range(first, end)}
 
 
 def _packed(paragraphs: list[str], characters: int) -> Iterator[str]:

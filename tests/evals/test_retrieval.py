@@ -7,7 +7,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from evals.retrieval import ndcg, read_questions, retrieval_table
+from evals.retrieval import ndcg, read_follow_ups, read_questions, retrieval_table
 from experts.paths import resolve_path
 from experts.retrieval.index import build_index
 from experts.retrieval.passages import read_documents
@@ -33,6 +33,26 @@ def test_shipped_questions_are_about_shipped_documents():
     assert {question.split for question in questions} == {"train", "test"}
 
 
+def test_shipped_follow_ups_follow_shipped_questions():
+    asked = {(q.text, q.document) for q in read_questions(DATA / "questions.jsonl")}
+    follow_ups = read_follow_ups(DATA / "follow_ups.jsonl")
+    assert {(f.earlier, f.document) for f in follow_ups} <= asked
+    assert len({f.document for f in follow_ups}) == len(follow_ups) == 64
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"earlier": "a", "document": "x.md"}',
+     '{"earlier": "a", "follow_up": " ", "document": "x.md"}'],
+)  # fmt: skip
+def test_wrong_follow_ups_say_where(tmp_path, line):
+    file = tmp_path / "follow_ups.jsonl"
+    file.write_text('{"earlier": "a", "follow_up": "b", "document": "x.md"}\n\n' + line)
+    message = "line 3 of .* a JSON object with the texts 'earlier', 'follow_up' and 'document'"
+    with pytest.raises(TableError, match=message):
+        read_follow_ups(file)
+
+
 def test_a_document_counts_by_its_best_passage(tmp_path):
     documents = [
         ("long.md", "# A\n\nnothing of it\n\n# B\n\ndogs bark"),
@@ -49,7 +69,8 @@ def test_a_document_counts_by_its_best_passage(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{}"], "line 1 of .* must be a JSON object with 'question' and 'document'"),
+        (["{}"], "line 1 of .* a JSON object with the texts 'question' and 'document'"),
+        (['{"question": 1, "document": "x.md"}'], "line 1 of "),
         (['{"question": "a", "document": "x.md"}', "[]"], "line 2 of "),
         (['{"question": "a", "document": "x.md", "split": "dev"}'], "'split' must be one of"),
         (
