@@ -295,7 +295,7 @@ async def test_another_writes_json_if_the_aggregator_cannot():
 @pytest.mark.parametrize("stream", [True, False])
 async def test_free_text_never_stands_in_for_guided_json(stream):
     panel = [writer("a", error="failed"), writer("b", error="failed")]
-    run = Run(fusion(), panel, guided_json=CITY["json_schema"]["schema"], stream=stream)
+    run = Run(fusion(), panel, guided_json={"required": ["city"]}, stream=stream)
     assert isinstance(await run.error(), ExpertFailedError)
     assert run.calls("answer") == ["a", "b"]
 
