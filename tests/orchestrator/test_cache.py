@@ -505,6 +505,7 @@ async def test_a_reader_that_leaves_loses_nothing():
     await eventually(lambda: memory.idle)
     busy = threading.Event()
     index._thread.submit(busy.wait)
+    await eventually(index._thread._work_queue.empty)
     reader = asyncio.create_task(index.alike(question))
     await eventually(lambda: index._thread._work_queue.qsize() == 1)
     reader.cancel()
