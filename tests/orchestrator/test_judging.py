@@ -42,6 +42,8 @@ def call(name: str, arguments: str) -> dict[str, Any]:
         ("Grade: 4\nNo, wait.\nGrade: 6", 0.6),
         ("Grade: 85", None),
         ("Grade: ten", None),
+        ("Grade (0-10)", None),
+        ("Grade (0 to 10): 8", 0.8),
         ("A fine answer, 4 lines long.", None),
         ("", None),
     ],
