@@ -93,8 +93,8 @@ def _engine(entry: ExpertConfig) -> Application | None:
         # outlives a crashed replica if there is none.
         cpus = max(entry.deployment.num_cpus, 0.001)
         options["placement_group_bundles"] = [{"CPU": cpus}]
-    bundles = options["placement_group_bundles"]
-    bundles[0] = {**bundles[0], **_reserved(options["ray_actor_options"])}
+    if bundles := options.get("placement_group_bundles"):
+        bundles[0] = {**bundles[0], **_reserved(options["ray_actor_options"])}
     return serve.deployment(VLLMServer, name=name, **options).bind(data)
 
 

@@ -87,8 +87,10 @@ def llm_config(config: VLLMExpertConfig, model_source: str, adapter_paths: dict[
     if config.adapters:
         engine_kwargs["enable_lora"] = True
         engine_kwargs["max_loras"] = _adapter_slots(config)
-        if len(adapter_paths) == len(config.adapters):
-            engine_kwargs["max_lora_rank"] = _max_rank(adapter_paths)
+        if adapter_paths:
+            # Ranks of cloud adapters are not known here; 16 is vLLM's default.
+            least = 16 if any(is_remote(adapter.path) for adapter in config.adapters) else 8
+            engine_kwargs["max_lora_rank"] = max(least, _max_rank(adapter_paths))
     fields: dict[str, Any] = {
         "model_loading_config": {"model_id": config.name, "model_source": model_source},
         "engine_kwargs": {**engine_kwargs, **config.engine_kwargs},

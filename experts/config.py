@@ -269,7 +269,8 @@ class RetrieverExpertConfig(_Strict):
     """User messages to look up: the last one, and all of these together, for follow-ups such as
     "and how much is it?". A passage counts by whichever it fits better; 1 looks up the last."""
     min_score: float = Field(default=-1.0, ge=-1, le=1)
-    """The reader is asked without passages where none has a cosine as high as this."""
+    """The reader is asked without passages where none has a cosine as high as this. With ``turns``
+    above 1 the earlier messages count too, so after a question about the documents most pass."""
     append_sources: bool = False
     """Also list the sources at the end of the answer's text, not only in its field ``sources``;
     never behind JSON or an answer chosen from given ones."""

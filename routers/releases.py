@@ -10,6 +10,7 @@ replaced whole, so whoever reads it sees the old name or the new one.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -45,7 +46,8 @@ def release_names(folder: Path) -> list[str]:
     """All releases, oldest first."""
     if not (folder / RELEASES).is_dir():
         return []
-    return sorted(p.name for p in (folder / RELEASES).iterdir() if p.name[:4].isdecimal())
+    found = (path.name for path in (folder / RELEASES).iterdir())
+    return sorted(name for name in found if re.fullmatch(r"[0-9]{4,}-[0-9a-f]{8}", name))
 
 
 def publish(artefact: Path, folder: Path) -> str:
@@ -63,7 +65,8 @@ def publish(artefact: Path, folder: Path) -> str:
     """
     load_router(artefact)
     ours = (CURRENT, RELEASES)
-    if folder.exists() and any(p.name not in ours and p.name[0] != "." for p in folder.iterdir()):
+    begun = not folder.exists() or (folder / CURRENT).is_file()
+    if not begun and any(p.name not in ours and p.name[0] != "." for p in folder.iterdir()):
         raise RouterError(f"{folder} holds something else than releases; choose another folder")
     names = release_names(folder)
     number = 1 + max((int(name.partition("-")[0]) for name in names), default=0)

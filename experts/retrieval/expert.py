@@ -124,7 +124,10 @@ class RetrieverExpert:
                     yield chunk
                     continue
                 # A list behind JSON, or behind one of several choices, would spoil it.
-                shaped = required_features(request).keys() & {"json_schema", "choice"}
+                shaped = bool(required_features(request).keys() & {"json_schema", "choice"}) or any(
+                    name == "structured_outputs" or name.startswith("guided_")
+                    for name in request.model_extra or ()
+                )
                 listed = (
                     self._config.append_sources and chunk.finish_reason == "stop" and not shaped
                 )

@@ -186,12 +186,13 @@ async def test_sources_are_appended_to_the_text_only_if_wanted(make):
     retriever, _ = make(top_k=1, append_sources=True)
     assert (await ask(retriever)).text == "It barks [1].\n\n[1] Dogs (dogs.md)"
     assert (await ask(retriever, max_tokens=1)).text == "It"
-    json_wanted = {"response_format": {"type": "json_object"}}
     rule = ScriptRule(answer='{"barks": true}')
     retriever, _ = make(rule, append_sources=True, capabilities=["chat", "json_schema"])
-    answer = await ask(retriever, **json_wanted)
-    assert json.loads(answer.text) == {"barks": True}
-    assert answer.choices[0].sources
+    ways = {"response_format": {"type": "json_object"}, "guided_json": {"type": "object"}}
+    for name, wanted in ways.items():
+        answer = await ask(retriever, **{name: wanted})
+        assert json.loads(answer.text) == {"barks": True}
+        assert answer.choices[0].sources
 
 
 async def test_the_reader_is_asked_without_passages_where_none_scores_high_enough(make):
