@@ -204,8 +204,11 @@ class RequestContext:
 
     @property
     def failures(self) -> bool:
-        """Whether an expert failed to answer."""
-        return any(call.failed for call in self.calls)
+        """Whether an expert failed at the answer, or at what it was to be made of."""
+        return any(
+            call.error not in _BLAMELESS and call.purpose not in ("judge", "verify")
+            for call in self.calls
+        )
 
     @property
     def usage(self) -> Usage:

@@ -39,7 +39,8 @@ class RoutingOptions(BaseModel):
     """Milliseconds for the whole request; the service's own limit holds too."""
     priority: Annotated[Literal["normal", "low"] | None, Field(exclude=True)] = None
     """``low`` is refused first under load: as soon as half of the service's places are taken. vLLM
-    experts with ``scheduling_policy: priority`` in their ``engine_kwargs`` also begin it last."""
+    experts with ``scheduling_policy: priority`` in their ``engine_kwargs`` also begin its answers
+    last; verdicts of judges are not put off."""
     session_id: Annotated[
         Annotated[str, StringConstraints(min_length=1, max_length=256)] | None, Field(exclude=True)
     ] = None

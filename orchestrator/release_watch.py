@@ -41,7 +41,7 @@ class ReleaseWatch:
         routers: Mapping[str, Router],
         prepare: Callable[[str, Router, str], Callable[[], None]],
     ) -> None:
-        from routers.releases import CURRENT
+        from routers.releases import CURRENT, current_release
 
         self._prepare = prepare
         self._folders: dict[str, tuple[Path, float]] = {}
@@ -52,8 +52,8 @@ class ReleaseWatch:
                 if (folder / CURRENT).is_file():
                     self._folders[name] = folder, entry.reload_s
                     # Not what is current by now, which may be later than what was loaded.
-                    loaded = getattr(routers.get(name), "loaded_from", folder)
-                    self._seen[name] = loaded.name
+                    loaded = getattr(routers.get(name), "loaded_from", None)
+                    self._seen[name] = (loaded or current_release(folder)).name
         self.in_use = dict(self._seen)
         self._looked = dict.fromkeys(self._folders, time.monotonic())
         self._tasks: set[asyncio.Task[None]] = set()

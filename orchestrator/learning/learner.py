@@ -196,6 +196,8 @@ class Learner:
         assert expert is not None
         assert lesson.features is not None
         prior = lesson.priors[expert]
+        # Other replicas may have taken up a release with it already.
+        self.bandit.include([expert])
         self.bandit.update(lesson.features, expert, reward, prior, weight=weight)
         return True
 
@@ -206,7 +208,6 @@ class Learner:
             and lesson.encoder == self.config.encoder
             and len(lesson.features) == self.bandit.n_features
             and expert in lesson.priors
-            and expert in self.bandit.experts
         )
 
     def expected(self, lesson: Lesson) -> float:
@@ -215,6 +216,7 @@ class Learner:
         assert lesson.expert is not None
         import numpy as np
 
+        self.bandit.include([lesson.expert])
         prior = np.array([lesson.priors[lesson.expert]])
         return float(self.bandit.adjust(lesson.features, prior, [lesson.expert]).quality[0])
 

@@ -204,19 +204,22 @@ class QuestionIndex:
             self._scopes.popitem(last=False)
 
     async def _read(self, name: str, scope: _Scope) -> None:
-        scan = self._memory.store.scan(_log(name), after=scope.last, limit=SCANNED_AT_ONCE)
+        after = scope.last
+        scan = self._memory.store.scan(_log(name), after=after, limit=SCANNED_AT_ONCE)
         nothing: list[tuple[str, bytes]] = []
         records = await self._memory.guarded(FEATURE, scan, nothing)
         if records:
             await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._take_in, scope, records
+                self._thread, self._take_in, scope, after, records
             )
 
     @property
     def _size(self) -> int:
         return sum(len(scope.records) for scope in self._scopes.values())
 
-    def _take_in(self, scope: _Scope, records: list[tuple[str, bytes]]) -> None:
+    def _take_in(self, scope: _Scope, after: str | None, records: list[tuple[str, bytes]]) -> None:
+        if scope.last != after:
+            return  # whoever was cancelled while this ran has left the same records
         found = (self._parsed(content) for _, content in records)
         scope.extend([one for one in found if one is not None])
         # Here, since whoever reads may be cancelled before this begins.

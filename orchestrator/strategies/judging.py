@@ -69,8 +69,8 @@ _START, _GAP = (
     r"^[ \t*#_>-]*+(?:final |overall )?",
     r"(?:\s*+\([^)\n]*\))?[^\w\n-]*+(?:is\b|of\b)?+[^\w\n-]*+",
 )
-# No range: "Grade (0-10):" repeats the question.
-_NUMBER = r"(-?\d++(?:[.,]\d++)?+)(?!\s*(?:-|to\b)\s*\d)"
+# Not the scale: "Grade (0-10):" repeats the question.
+_NUMBER = rf"(-?\d++(?:[.,]\d++)?+)(?![ \t]*(?:[-\u2013\u2014]|to\b)[ \t]*{_FULL_MARKS}\b)"
 _GRADE_NAME, _BETTER_NAME = r"(?:grade|score|rating)", r"(?:better|best|winner|verdict)"
 _LETTER = r"(?:answer\s+)?(?:is\s+)?(?:answer\s+)?((?-i:A|B)|tie)\b"
 # The clearest form first; a bare value counts if it is all there is.

@@ -285,6 +285,14 @@ async def test_an_answer_in_place_of_one_that_failed_is_not_kept(stream):
         assert asked(orchestrator, "medium") == number
 
 
+async def test_an_answer_made_without_a_failed_expert_is_not_kept():
+    rules = {"medium": {"error": "unavailable"}}
+    routes = {"auto": {"router": "table", "strategy": {"type": "fusion", "experts": 3}}}
+    orchestrator = build(config_with_rules(rules, routes=routes, cache={}))
+    for _ in "ab":
+        assert (await ask(orchestrator, fixed())).headers[STATE] == "miss"
+
+
 async def test_another_key_never_gets_it():
     orchestrator = service(semantic={})
     http = client(create_app(orchestrator, api_keys=["mine", "yours"]))

@@ -236,12 +236,19 @@ def test_lessons_of_another_config_teach_nothing():
     learner = Learner(LearningConfig(encoder="hashing"), ["a", "b"])
     features = np.ones(33, np.float16)
     lesson = Lesson("auto", "a", {"a": 0.5, "gone": 0.5}, features, encoder="hashing")
-    assert not learner.learn(lesson, "gone", 1.0)
     assert not learner.learn(lesson, "b", 1.0)
     assert not learner.learn(replace(lesson, features=features[:9]), "a", 1.0)
     assert not learner.learn(replace(lesson, encoder="another"), "a", 1.0)
     assert learner.bandit.observations == 0
     assert learner.learn(lesson, "a", 1.0)
+
+
+def test_an_expert_that_another_replica_had_first_is_learnt_of():
+    learner = Learner(LearningConfig(encoder="hashing"), ["a"])
+    features = np.ones(33, np.float16)
+    lesson = Lesson("auto", "new", {"a": 0.5, "new": 0.5}, features, encoder="hashing")
+    assert learner.learn(lesson, "new", 1.0)
+    assert learner.expected(lesson) > 0.5
 
 
 # --- experiments

@@ -79,7 +79,7 @@ async def test_sqlite_keeps_no_more_values_than_it_may(monkeypatch):
         await store.put(str(ttl_s), b"", ttl_s=ttl_s)
     await store.get("")
     rows = store._database.execute("SELECT key FROM entries ORDER BY key").fetchall()
-    assert rows == [(b"40",), (b"50",), (b"counter",), (b"forever",)]
+    assert rows == [(b"30",), (b"40",), (b"counter",), (b"forever",)]
     await store.aclose()
 
 
