@@ -83,9 +83,13 @@ class Part:
         if strength is None:
             return old
         rng = np.random.default_rng(seed)
-        distance = 2**0.5 * NormalDist().inv_cdf(strength)
-        signals = distance * old.scores + rng.standard_normal(old.scores.shape)
+        signals = distance(strength) * old.scores + rng.standard_normal(old.scores.shape)
         return Cells(old.names, old.quality, old.costs, old.scores, signals)
+
+
+def distance(strength: float) -> float:
+    """How far apart, in standard deviations, such a judge sees a right and a wrong answer."""
+    return 2**0.5 * NormalDist().inv_cdf(strength)
 
 
 def compared(tuned: Part, judged: Part, strength: float | None, best: int, seed: int) -> Any:
