@@ -140,31 +140,21 @@ class Shadows:
                 called = called or bool(chunk.tool_calls)
                 yield chunk
         # A judge of texts has nothing to say of a tool call.
-        if not called:
-            shadow = self.shadows[decision.route or ""]
-            own = (options or RoutingOptions()).model_copy(
-                update={"route": shadow.config.route, "session_id": None}
-            )
-            self._begin(shadow, request, own, decision.id, "".join(text))
-
-    def _begin(
-        self,
-        shadow: Shadow,
-        request: AnyRequest,
-        options: RoutingOptions,
-        decision_id: str,
-        given: str,
-    ) -> None:
+        if called:
+            return
+        shadow = self.shadows[decision.route or ""]
         tasks, config = self._tasks[shadow.name], shadow.config
+        own = (options or RoutingOptions()).model_copy(
+            update={"route": config.route, "session_id": None}
+        )
         context = RequestContext(
             deadline=time.monotonic() + config.timeout_s, max_cost_usd=config.max_cost_usd
         )
         if len(tasks) >= config.max_in_flight or not self.has_room():
             self._note(shadow, "dropped", context)
             return
-        task = asyncio.create_task(
-            self._compare(shadow, request, options, decision_id, given, context)
-        )
+        copy = self._compare(shadow, request, own, decision.id, "".join(text), context)
+        task = asyncio.create_task(copy)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
