@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.options import RoutingOptions
 
 __all__ = [
+    "DECISION_PREFIX",
     "PUBLIC",
     "Call",
     "Candidate",
@@ -26,6 +27,8 @@ __all__ = [
     "SessionShare",
     "new_decision_id",
 ]
+
+DECISION_PREFIX = "dec_"
 
 # The scope of requests without a key.
 PUBLIC = "public"
@@ -41,7 +44,7 @@ _BLAMELESS = {
 
 def new_decision_id() -> str:
     """A fresh id, under which a decision is found in headers and logs."""
-    return "dec_" + uuid.uuid4().hex
+    return DECISION_PREFIX + uuid.uuid4().hex
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ class ReleaseWatch:
     """Looks for new releases, at most once per router and ``reload_s``, and only while asked to.
 
     A request never waits for it: loading runs in a thread, and requests under way go on with the
-    router they began with. A release that cannot be used is logged once and left.
+    router they began with. A release that cannot be used is logged once and left, and so is a
+    folder that cannot be read.
 
     Args:
         config: Where routers come from.
@@ -57,6 +58,7 @@ class ReleaseWatch:
         self.in_use = dict(self._seen)
         self._looked = dict.fromkeys(self._folders, time.monotonic())
         self._tasks: set[asyncio.Task[None]] = set()
+        self._logged: dict[str, str] = {}
 
     def look(self) -> None:
         """Begin to look, where it is time to; returns at once."""
@@ -76,8 +78,11 @@ class ReleaseWatch:
                 use()
                 self.in_use[name] = release
                 logger.info("router %s now uses release %s", name, release)
+            self._logged.pop(name, None)
         except (RouterError, ConfigError, ExpertError, OSError) as error:
-            logger.error("router %s keeps release %s: %s", name, self.in_use[name], error)
+            if self._logged.get(name) != str(error):
+                self._logged[name] = str(error)
+                logger.error("router %s keeps release %s: %s", name, self.in_use[name], error)
         finally:
             self._looked[name] = time.monotonic()
 

@@ -42,13 +42,13 @@ class Admission:
         Raises:
             OverloadedError: They are; whoever calls still has to call ``leave``.
         """
-        if self.in_flight - 1 >= max(1, self.limit // 2):
+        if not self.has_room:
             raise OverloadedError(self.limit // 2)
 
     @property
     def has_room(self) -> bool:
-        """Whether more than half of the places are free."""
-        return self.in_flight < max(1, self.limit // 2)
+        """Whether less than half of the places are taken, without the request that asks."""
+        return self.in_flight - 1 < max(1, self.limit // 2)
 
     def leave(self) -> None:
         """A request is done."""

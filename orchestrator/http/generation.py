@@ -223,7 +223,7 @@ class Generation:
     ) -> Response:
         completion = await unless_client_leaves(http, self._collected(request, decision, turn))
         turn.status = 200
-        body = self._shape(request, turn).whole(completion)
+        body = self._shape(request, decision, turn).whole(completion)
         return JSONBytes(body, headers=self._headers(http, decision, turn))
 
     async def _collected(self, request: AnyRequest, decision: Decision, turn: _Turn) -> Completion:
@@ -269,7 +269,7 @@ class Generation:
                         continue
                     if shape is None:
                         self._telemetry.first_chunk(turn.context)
-                        shape = self._shape(request, turn)
+                        shape = self._shape(request, decision, turn)
                     turn.usage = chunk.usage or turn.usage
                     if shape.chat and chunk.index not in begun:
                         begun.add(chunk.index)
@@ -278,14 +278,14 @@ class Generation:
                         yield event(shape.piece(chunk))
                     if chunk.finish_reason:
                         ended.add(chunk.index)
-            for last in self._last_events(request, shape, turn):
+            for last in self._last_events(request, decision, shape, turn):
                 yield last
         except Exception as error:
             shown = self._late(decision, turn) if isinstance(error, TimeoutError) else error
             if len(ended) == _answers_wanted(request):
                 # Whoever has all of its answer must not be told that it failed.
                 logger.warning("only counts of tokens are missing (%s): %s", decision.id, shown)
-                for last in self._last_events(request, shape, turn):
+                for last in self._last_events(request, decision, shape, turn):
                     yield last
                 return
             turn.status = status_of(shown)
@@ -297,11 +297,11 @@ class Generation:
             self._end(turn)
 
     def _last_events(
-        self, request: AnyRequest, shape: AnswerShape | None, turn: _Turn
+        self, request: AnyRequest, decision: Decision, shape: AnswerShape | None, turn: _Turn
     ) -> Iterator[bytes]:
         if request.stream_options and request.stream_options.include_usage:
             usage = turn.usage or turn.context.usage
-            yield event((shape or self._shape(request, turn)).usage(usage))
+            yield event((shape or self._shape(request, decision, turn)).usage(usage))
         yield DONE
         turn.status = 200
 
@@ -310,9 +310,10 @@ class Generation:
         name = context.expert or decision.experts[0]
         return ExpertTimeoutError(name, round(context.deadline - context.received, 3))
 
-    def _shape(self, request: AnyRequest, turn: _Turn) -> AnswerShape:
+    def _shape(self, request: AnyRequest, decision: Decision, turn: _Turn) -> AnswerShape:
         return AnswerShape(
             chat=isinstance(request, ChatRequest),
+            decision_id=decision.id,
             model=turn.context.expert or "",
             fingerprint=self._fingerprint,
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Any
 
 from experts.types import Choice, Chunk, Completion, Usage
+from orchestrator.decision import DECISION_PREFIX
 from orchestrator.http.encoding import encode
 
 __all__ = ["AnswerShape"]
@@ -17,14 +17,15 @@ class AnswerShape:
 
     Args:
         chat: Chat completions if true, text completions if not.
+        decision_id: Of the decision; the answer's id ends like it.
         model: The expert that answers.
         fingerprint: Hash of the config.
     """
 
-    def __init__(self, *, chat: bool, model: str, fingerprint: str) -> None:
+    def __init__(self, *, chat: bool, decision_id: str, model: str, fingerprint: str) -> None:
         self.chat = chat
         self._envelope = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "id": ("chatcmpl-" if chat else "cmpl-") + decision_id.removeprefix(DECISION_PREFIX),
             "object": "chat.completion.chunk" if chat else "text_completion",
             "created": int(time.time()),
             "model": model,

@@ -25,6 +25,9 @@ OPEN_S = 10.0
 # Expired rows are not seen, so it does not matter much when they go.
 PURGE_EVERY_S = 30.0
 
+# Expired rows that go at once; requests may wait meanwhile.
+PURGE_ROWS = 2_000
+
 # Writes after which a value with a time to live goes, even if its time is not over.
 MAX_VALUES = 100_000
 
@@ -32,6 +35,10 @@ MAX_VALUES = 100_000
 _BOUND = """
 DELETE FROM entries WHERE rowid <= (SELECT MAX(rowid) FROM entries) - ?
 AND +kind = 'value' AND expires < 9e999
+"""
+
+_PURGE = """
+DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries WHERE expires <= ? LIMIT ?)
 """
 
 _SCHEMA = """
@@ -75,9 +82,10 @@ ORDER BY number LIMIT :limit
 
 
 class SQLiteStore:
-    """Keeps everything in one SQLite database, used by one thread of its own.
+    """Keeps everything in one SQLite database.
 
-    Several processes of one machine may share a file.
+    Several processes of one machine may share a file, which a thread of its own reads and writes.
+    What is in memory takes a tenth of the time that going to a thread and back would.
 
     Args:
         path: The file; none keeps everything in memory, for as long as this object lives.
@@ -104,7 +112,7 @@ class SQLiteStore:
             raise StoreError(
                 f"the database {path or ':memory:'} cannot be used: {error}"
             ) from error
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory") if path else None
 
     async def get(self, key: str | bytes) -> bytes | None:
         """The value of a key."""
@@ -169,6 +177,9 @@ class SQLiteStore:
         """Close the database."""
         if not self._closed:
             self._closed = True
+            if self._thread is None:
+                self._database.close()
+                return
             closing = self._thread.submit(self._database.close)
             self._thread.shutdown(wait=False)
             await asyncio.wrap_future(closing)
@@ -183,6 +194,8 @@ class SQLiteStore:
         if self._closed:
             raise StoreError("the store is closed")
         try:
+            if self._thread is None:
+                return self._timely(work)
             return await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._timely, work
             )
@@ -192,9 +205,10 @@ class SQLiteStore:
     def _timely(self, work: Callable[[], Result]) -> Result:
         """Do some work, and now and then forget what has expired."""
         if time.monotonic() - self._purged > PURGE_EVERY_S:
-            self._purged = time.monotonic()
-            self._database.execute("DELETE FROM entries WHERE expires <= ?", (time.time(),))
-            self._database.execute(_BOUND, (MAX_VALUES,))
+            gone = self._database.execute(_PURGE, (time.time(), PURGE_ROWS)).rowcount
+            if gone < PURGE_ROWS:
+                self._purged = time.monotonic()
+                self._database.execute(_BOUND, (MAX_VALUES,))
         return work()
 
 

@@ -52,7 +52,8 @@ def service(**rules):
 async def test_a_plain_answer_has_openais_shape():
     response = await service().post(CHAT, json=chat_body())
     body = response.json()
-    assert body.pop("id").startswith("chatcmpl-")
+    decision_id = response.headers["x-collegium-decision-id"]
+    assert body.pop("id") == "chatcmpl-" + decision_id.removeprefix("dec_")
     assert isinstance(body.pop("created"), int)
     assert body.pop("system_fingerprint").startswith("fp_")
     message = {"role": "assistant", "content": "large says hello to you"}
@@ -652,7 +653,7 @@ def test_retry_after_is_a_sensible_whole_number(wait_s, said):
 
 def test_half_characters_survive_as_escapes():
     assert encode({"text": "\ud83d"}) == b'{"text":"\\ud83d"}'
-    shape = AnswerShape(chat=True, model="a", fingerprint="fp")
+    shape = AnswerShape(chat=True, decision_id="dec_1", model="a", fingerprint="fp")
     assert b'"\\ud83d"' in shape.piece(Chunk(text="\ud83d"))
     assert b'"id"' in encode(shape.whole(Completion([], Usage())))
 

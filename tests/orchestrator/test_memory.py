@@ -69,6 +69,20 @@ async def test_sqlite_forgets_what_has_expired(tmp_path: Path, monkeypatch):
     await store.aclose()
 
 
+async def test_sqlite_forgets_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr("orchestrator.memory.sqlite.PURGE_EVERY_S", 0.0)
+    monkeypatch.setattr("orchestrator.memory.sqlite.PURGE_ROWS", 2)
+    store = SQLiteStore()
+    for number in range(5):
+        store._database.execute("INSERT INTO entries VALUES ('value', ?, '', 1)", (number,))
+    left = []
+    for _ in range(3):
+        await store.get("")
+        left.append(store._database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+    assert left == [3, 1, 0]
+    await store.aclose()
+
+
 async def test_sqlite_keeps_no_more_values_than_it_may(monkeypatch):
     monkeypatch.setattr("orchestrator.memory.sqlite.PURGE_EVERY_S", 0)
     monkeypatch.setattr("orchestrator.memory.sqlite.MAX_VALUES", 2)

@@ -108,6 +108,21 @@ async def test_a_release_that_does_not_go_with_the_config_is_refused_once(tmp_pa
     await until(orchestrator, MODELS[2])
 
 
+async def test_a_folder_that_is_away_for_a_while_is_logged_once(tmp_path, caplog):
+    folder, away = tmp_path / "router", tmp_path / "away"
+    publish(router_for(MODELS[0], tmp_path / "a"), folder)
+    orchestrator = service(folder)
+    folder.rename(away)
+    with caplog.at_level(logging.ERROR, "collegium.releases"):
+        for _ in range(20):
+            assert await first_expert(orchestrator) == MODELS[0]
+            await asyncio.sleep(0.01)
+    assert len(caplog.records) == 1
+    away.rename(folder)
+    publish(router_for(MODELS[1], tmp_path / "b"), folder)
+    await until(orchestrator, MODELS[1])
+
+
 async def test_models_show_the_experts_of_the_release_in_use(tmp_path):
     folder = tmp_path / "router"
     publish(router_for(MODELS[0], tmp_path / "a"), folder)

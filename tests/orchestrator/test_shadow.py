@@ -27,7 +27,7 @@ from tests.orchestrator.support import (
 )
 
 
-def shadowed(rules=None, **shadow):
+def shadowed(rules=None, *, server=None, **shadow):
     """An ``auto`` by ``large`` with a shadow by ``small`` that ``medium`` judges."""
     fields = {"route": "copy", "judge": "medium", "share": 1.0, **shadow}
     routes = {
@@ -38,7 +38,7 @@ def shadowed(rules=None, **shadow):
             "policy": {"cost_quality": 0},
         },
     }
-    content = config_content(routes=routes)
+    content = config_content(routes=routes, **({"server": server} if server else {}))
     for entry in content["experts"]:
         given = (rules or {}).get(entry["name"], entry["rules"])
         entry["rules"] = given if isinstance(given, list) else [given]
@@ -152,6 +152,13 @@ async def test_copies_are_dropped_where_there_is_no_room():
     assert (await counts(orchestrator))["dropped"] == 3
     await orchestrator.aclose()
     assert expert(orchestrator, "small").active == 0
+
+
+async def test_a_service_for_one_request_at_a_time_has_room_for_copies():
+    orchestrator = shadowed(server={"limits": {"max_in_flight": 1}})
+    assert (await client(orchestrator).post(CHAT, json=chat_body())).status_code == 200
+    await settled(orchestrator, 1)
+    assert not (await counts(orchestrator))["dropped"]
 
 
 async def test_requests_that_say_who_may_see_them_are_not_copied():
