@@ -42,21 +42,27 @@ class PromptReader:
             messages: The conversation.
             options: Passed to the chat template.
         """
+        ids: list[int] = self._apply(messages, tokenize=True, return_dict=False, **options)
+        return ids
+
+    def render(self, messages: Sequence[Message], **options: Any) -> str:
+        """The text of a conversation that ``chat`` gives the tokens of."""
+        text: str = self._apply(messages, tokenize=False, **options)
+        return text
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
             raise UnsupportedFeatureError(self._expert, "chat: its model has no chat template")
         turns = [self._turn(number, message) for number, message in enumerate(messages)]
         try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False, **options
-            )
+            return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
         except (TemplateError, TypeError) as exc:
             raise InvalidRequestError(
                 f"the chat template of expert {self._expert!r} refuses these messages: {exc}",
                 "messages",
             ) from exc
-        return ids
 
     def _turn(self, number: int, message: Message) -> dict[str, str]:
         if isinstance(message.content, list):

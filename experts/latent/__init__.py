@@ -1,0 +1,1 @@
+"""Latent collaboration: experts that read each other's hidden states while one of them writes."""

@@ -1,0 +1,138 @@
+"""What experts say to each other: attention of the one that writes over the states of all.
+
+Knows tensors only: neither models nor texts. Imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["NEVER", "Interaction", "Memory"]
+
+NEVER = torch.iinfo(torch.long).max // 2
+"""A position of the writer that it never reaches: entries from there on are not there."""
+
+
+class Memory:
+    """What an interaction layer attends over.
+
+    Attributes:
+        keys: Shape (n_rows, n_heads, n_entries, head_size).
+        values: Same shape, already multiplied by their expert's gate.
+        seen_from: The writer's position from which each entry may be seen, shape (n_rows,
+            n_entries); ``NEVER`` where there is none.
+    """
+
+    __slots__ = ("keys", "seen_from", "values")
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, seen_from: torch.Tensor) -> None:
+        self.keys, self.values, self.seen_from = keys, values, seen_from
+
+    def __add__(self, other: Memory) -> Memory:
+        """Entries of both."""
+        return Memory(
+            torch.cat([self.keys, other.keys], 2),
+            torch.cat([self.values, other.values], 2),
+            torch.cat([self.seen_from, other.seen_from], 1),
+        )
+
+
+class Interaction(nn.Module):
+    """One boundary between stacks: the writer attends over what all active experts think.
+
+    With states H_m of expert m, gates w_m and a writer p, in a space of ``width`` dimensions:
+
+        P_m = In_m norm_m(H_m)
+        A   = softmax(W_q P_p (W_k P_m)^T / sqrt(d) - slope * distance + mask) (w_m W_v P_m)
+        H_p <- H_p + Out_p W_o A
+
+    The softmax runs over the tokens of all experts together, the writer's own included. The mask
+    and the distance are in positions of the writer: an entry is seen from the writer's first token
+    that ends no earlier in the text than the entry does. Nothing has a bias, so gates of zero
+    leave H_p as it is, bit for bit; ``Out`` begins as zero, so an untrained layer does as well.
+
+    References:
+        "Mixture of Thoughts" (arXiv:2509.21164). Departs from it in gating the values, in attending
+        over peers' tokens at their own length, in the distance (Press et al., ALiBi,
+        arXiv:2108.12409, with learned slopes), and in leaving peers' states as they are.
+
+    Args:
+        widths: Size of each expert's hidden states, by name.
+        width: Size of the shared space.
+        n_heads: Attention heads; a divisor of ``width``.
+    """
+
+    def __init__(self, widths: Mapping[str, int], width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        # Names may hold dots, which names of modules may not.
+        self._places = {name: str(place) for place, name in enumerate(widths)}
+        places = dict(zip(self._places.values(), widths.values(), strict=True))
+        self.norm = nn.ModuleDict({p: nn.RMSNorm(size, eps=1e-6) for p, size in places.items()})
+        self.into = nn.ModuleDict(
+            {p: nn.Linear(size, width, bias=False) for p, size in places.items()}
+        )
+        self.out = nn.ModuleDict(
+            {p: nn.Linear(width, size, bias=False) for p, size in places.items()}
+        )
+        self.query, self.key, self.value, self.mix = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+        # From heads that look at what was said just now to heads that look at all alike.
+        slopes = torch.tensor([2.0 ** (-8.0 * head / n_heads) for head in range(n_heads)])
+        self.slope = nn.Parameter(slopes.log())
+        for weight in self.out.parameters():
+            nn.init.zeros_(weight)
+
+    def note(
+        self, name: str, states: torch.Tensor, gate: torch.Tensor, seen_from: torch.Tensor
+    ) -> Memory:
+        """What an expert's states are to others.
+
+        Args:
+            name: The expert.
+            states: Its hidden states, shape (n_rows, n_tokens, its width).
+            gate: Its weight in each row, shape (n_rows,).
+            seen_from: The writer's position from which each token may be seen, shape (n_rows,
+                n_tokens).
+        """
+        shared = self._shared(name, states)
+        values = self._heads(self.value(shared)) * gate.to(shared)[:, None, None, None]
+        return Memory(self._heads(self.key(shared)), values, seen_from)
+
+    def forward(
+        self, name: str, states: torch.Tensor, positions: torch.Tensor, memory: Memory
+    ) -> torch.Tensor:
+        """What the writer adds to its states, same shape and format as these.
+
+        Args:
+            name: The expert that writes.
+            states: Its hidden states, shape (n_rows, n_tokens, its width).
+            positions: Where these tokens stand, shape (n_rows, n_tokens).
+            memory: What may be seen; holds these tokens too.
+        """
+        query = self._heads(self.query(self._shared(name, states)))
+        distance = positions[:, :, None] - memory.seen_from[:, None, :]
+        bias = -self.slope.exp()[:, None, None] * distance.clamp(min=0)[:, None].to(query)
+        bias = bias.masked_fill((distance < 0)[:, None], float("-inf"))
+        attended = functional.scaled_dot_product_attention(
+            query, memory.keys, memory.values, attn_mask=bias
+        )
+        mixed = self.mix(attended.transpose(1, 2).flatten(2))
+        message: torch.Tensor = self.out[self._places[name]](mixed)
+        return message.to(states.dtype)
+
+    def _shared(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        place = self._places[name]
+        # The learned part computes in its own format, whatever that of the experts.
+        normed = self.norm[place](states.to(self.query.weight.dtype))
+        shared: torch.Tensor = self.into[place](normed)
+        return shared
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        heads: torch.Tensor = states.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return heads

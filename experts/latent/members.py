@@ -1,0 +1,160 @@
+"""Loading the experts of a latent collaboration. torch and transformers are imported on use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experts.errors import ExpertConfigError
+from experts.latent.alignment import MemberTokenizer
+from experts.latent.config import MemberConfig
+
+if TYPE_CHECKING:
+    from experts.latent.stacks import StackedModel
+
+__all__ = ["Member", "load_members", "member_revision", "needed_bytes", "wrap"]
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A loaded expert.
+
+    Attributes:
+        stacked: Its model, cut into stacks.
+        tokenizer: Its tokenizer.
+        revision: Tells its weights from others.
+    """
+
+    stacked: StackedModel
+    tokenizer: MemberTokenizer
+    revision: str
+
+
+def member_revision(config: MemberConfig) -> str:
+    """What tells an expert's weights, its adapter's included, from others."""
+    from experts.weights import model_revision, resolve_model
+
+    base = model_revision(resolve_model(config.model))
+    if config.adapter is None:
+        return base
+    file = _adapter_folder(config) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ExpertConfigError(
+            f"expert {config.name!r}: {config.adapter!r} holds no adapter_model.safetensors"
+        )
+    return f"{base}+{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def needed_bytes(configs: Sequence[MemberConfig], dtype: str) -> dict[str, int]:
+    """Memory that each expert's weights take, by name, found without loading them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from experts.weights import resolve_model
+
+    size = getattr(torch, dtype).itemsize
+    found = {}
+    for config in configs:
+        try:
+            described = AutoConfig.from_pretrained(str(resolve_model(config.model)))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(described)
+        except (OSError, ValueError) as error:
+            raise _cannot_load(config, error) from error
+        found[config.name] = size * sum(p.numel() for p in model.parameters())
+    return found
+
+
+def load_members(
+    configs: Sequence[MemberConfig], *, n_stacks: int, dtype: str, device: str
+) -> dict[str, Member]:
+    """Load experts, frozen, by name; each with weights of its own.
+
+    Raises:
+        ExpertConfigError: One is missing, cannot be cut, or all together do not fit into memory.
+    """
+    _check_memory(needed_bytes(configs, dtype), device)
+    return {config.name: _load(config, n_stacks, dtype, device) for config in configs}
+
+
+def wrap(name: str, model: Any, tokenizer: Any, *, n_stacks: int, revision: str = "") -> Member:
+    """A member of a model that is loaded already.
+
+    Raises:
+        ExpertConfigError: The model cannot be cut into stacks, or the tokenizer is too simple.
+    """
+    from experts.latent.stacks import StackedModel
+
+    if not getattr(tokenizer, "is_fast", False):
+        raise ExpertConfigError(
+            f"expert {name!r}: its tokenizer does not say where tokens end; latent collaboration "
+            "needs one with a tokenizer.json"
+        )
+    stacked = StackedModel(name, model.eval().requires_grad_(False), n_stacks)
+    stacked.check()
+    return Member(stacked, MemberTokenizer(name, tokenizer), revision)
+
+
+def _load(config: MemberConfig, n_stacks: int, dtype: str, device: str) -> Member:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from experts.weights import resolve_model
+
+    source = str(resolve_model(config.model))
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+        if config.adapter is not None:
+            from peft import PeftModel
+
+            adapted: Any = PeftModel.from_pretrained(model, str(_adapter_folder(config)))
+            model = adapted.merge_and_unload()
+        model = model.to(device)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _cannot_load(config, error) from error
+    revision = member_revision(config)
+    return wrap(config.name, model, tokenizer, n_stacks=n_stacks, revision=revision)
+
+
+def _adapter_folder(config: MemberConfig) -> Any:
+    from experts.paths import resolve_path
+
+    assert config.adapter is not None
+    return resolve_path(config.adapter)
+
+
+def _cannot_load(config: MemberConfig, error: Exception) -> ExpertConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    what = config.model if config.adapter is None else f"{config.model} with {config.adapter}"
+    return ExpertConfigError(f"expert {config.name!r}: {what} cannot be loaded ({reason})")
+
+
+def _check_memory(needed: Mapping[str, int], device: str) -> None:
+    free = _free_bytes(device)
+    total = sum(needed.values())
+    if total > free:
+        each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+        raise ExpertConfigError(
+            f"the weights of {len(needed)} experts take {total / GIB:.2f} GiB ({each}), but only "
+            f"{free / GIB:.2f} GiB of {device} are free; host fewer or smaller experts together, "
+            "or a smaller dtype"
+        )
+
+
+def _free_bytes(device: str) -> int:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
