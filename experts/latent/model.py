@@ -126,7 +126,8 @@ class LatentModel(nn.Module):
                 memory = memory + layer.note(
                     name, states[boundary].to(hidden.device), gates[name], views[name]
                 )
-            return hidden + layer(writer, hidden, positions, memory)
+            message: torch.Tensor = layer(writer, hidden, positions, memory)
+            return hidden + message
 
         first = [t.states[writer][0] for t in texts if t.states is not None]
         if first and len(first) == len(texts):
@@ -158,5 +159,4 @@ class LatentModel(nn.Module):
         padded = pad_sequence(
             [states.transpose(0, 1) for states in known], batch_first=True
         )
-        by_boundary: torch.Tensor = padded.permute(2, 0, 1, 3)
-        return by_boundary
+        return padded.permute(2, 0, 1, 3)
