@@ -200,6 +200,9 @@ class ScriptRule(_Strict):
     """Pieces to send before the error; 0 raises it before the first."""
     tool_call: ScriptedToolCall | None = None
     """Call this tool if the request offers tools."""
+    peer_lost_after_chunks: int | None = Field(default=None, ge=0)
+    """Pieces after which the first of the request's ``peers`` is listened to no longer, as if it had
+    failed; none loses nobody."""
 
 
 Fault = Literal["error", "timeout", "hang", "truncated", "garbage", "broken"]

@@ -1,6 +1,7 @@
 """An expert that follows a script: for tests, demonstrations and load tests.
 
-Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
+It stands in for a member of a latent collaboration too: it says that it listens to the request's
+``peers``, and what it writes is its script all the same. Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
 answer costs a few microseconds per piece and never waits.
 """
 
@@ -125,19 +126,24 @@ class ScriptedExpert:
         self, scripts: list[_Script], rule: ScriptRule, request: AnyRequest, clock: _Clock
     ) -> AsyncGenerator[Chunk, None]:
         answers = [script for script in scripts for _ in range(request.n)]
+        peers = _peers(request)
         report = _logprobs_wanted(request)
         for step, pieces in enumerate(zip_longest(*(answer.pieces for answer in answers))):
             if step:
                 await clock.sleep(rule.chunk_delay_s)
             if rule.error is not None and step == rule.error_after_chunks:
                 raise self._error(rule.error, clock.timeout_s)
+            lost = bool(peers) and step == rule.peer_lost_after_chunks
+            if peers and lost:
+                peers = dict(list(peers.items())[1:])
             for index, piece in enumerate(pieces):
                 if piece is None:
                     continue
                 answer = answers[index]
                 finish_reason = answer.finish_reason if step == len(answer.pieces) - 1 else None
                 logprobs = _logprobs(request, piece[1]) if report else None
-                yield Chunk(index, piece[0], None, finish_reason, logprobs)
+                said = peers if step == 0 or lost else None
+                yield Chunk(index, piece[0], None, finish_reason, logprobs, peers=said)
 
     def _check(self, request: AnyRequest) -> int:
         """Refuse what it cannot serve; return the number of words of the prompt."""
@@ -253,6 +259,17 @@ def _texts(request: AnyRequest) -> list[str]:
         return [request.prompt] if isinstance(request.prompt, str) else request.prompt
     spoken = (m.text for m in reversed(request.messages) if m.role == "user")
     return [next(spoken, request.messages[-1].text)]
+
+
+def _peers(request: AnyRequest) -> dict[str, float] | None:
+    """Whom the request has it listen to, with their gates."""
+    given = (request.model_extra or {}).get("peers")
+    if given is None:
+        return None
+    gates = given.values() if isinstance(given, dict) else [None]
+    if not all(isinstance(gate, int | float) and 0 < gate <= 1 for gate in gates):
+        raise InvalidRequestError("peers: must be names with gates in (0, 1]", "peers")
+    return dict(given)
 
 
 def _wants_tools(request: ChatRequest) -> bool:

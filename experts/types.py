@@ -272,6 +272,8 @@ class Chunk:
         progress: What is being done, for whoever waits; no part of the answer.
         sources: What the answer was made from, ``[{id, title, path, score}]`` in the order of their
             numbers; on the last chunk of an answer.
+        peers: Who the writer listens to, with their gates; on the first chunk of a latent answer,
+            and again when that changes.
     """
 
     index: int = 0
@@ -282,6 +284,7 @@ class Chunk:
     usage: Usage | None = None
     progress: str | None = None
     sources: list[dict[str, Any]] | None = None
+    peers: dict[str, float] | None = None
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECISION_PREFIX",
+    "LISTEN",
     "PUBLIC",
     "Call",
     "Candidate",
@@ -32,6 +33,9 @@ DECISION_PREFIX = "dec_"
 
 # The scope of requests without a key.
 PUBLIC = "public"
+
+# The purpose of an expert that is only listened to while another writes.
+LISTEN = "listen"
 
 # How calls end through no fault of the expert.
 _BLAMELESS = {
@@ -136,7 +140,8 @@ class Call:
         cost_usd: What it cost; what it is expected to cost while it is under way.
         seconds: How long it took; none while it is under way.
         usage: Its token counts, as far as they are known.
-        error: Name of the error it ended with; ``cancelled`` if nobody wanted the rest.
+        error: Name of the error it ended with; ``cancelled`` if nobody wanted the rest, ``lost`` if
+            the writer went on without listening to it.
     """
 
     expert: str
@@ -172,6 +177,8 @@ class RequestContext:
         lesson: What feedback on the answer can be learnt from, if anything is.
         session_id: The conversation, as the request names it.
         cache: What the response cache had for the request; none if there is no cache.
+        peers: Who the writer listened to as its answer began, with their gates; none if it was not
+            asked to.
     """
 
     deadline: float
@@ -187,6 +194,7 @@ class RequestContext:
     options: RoutingOptions | None = None
     lesson: Lesson | None = None
     cache: Lookup | None = None
+    peers: dict[str, float] | None = None
 
     @property
     def remaining_s(self) -> float:
@@ -195,15 +203,15 @@ class RequestContext:
 
     @property
     def path(self) -> list[str]:
-        """Experts asked so far, in order."""
-        return [call.expert for call in self.calls]
+        """Experts asked to write so far, in order."""
+        return [call.expert for call in self.calls if call.purpose != LISTEN]
 
     @property
     def expert(self) -> str | None:
         """Who answers: named by the strategy, else asked last; none as long as it is open."""
         if self.answered_by or self.composing:
             return self.answered_by
-        return self.calls[-1].expert if self.calls else None
+        return self.path[-1] if self.calls else None
 
     @property
     def failures(self) -> bool:
@@ -215,8 +223,8 @@ class RequestContext:
 
     @property
     def usage(self) -> Usage:
-        """Tokens of all calls."""
-        return sum((call.usage for call in self.calls), Usage())
+        """Tokens of all calls; what peers read is what the writer read and wrote."""
+        return sum((call.usage for call in self.calls if call.purpose != LISTEN), Usage())
 
     @property
     def cost_usd(self) -> float:

@@ -24,6 +24,7 @@ from orchestrator.decision import Call, RequestContext
 from orchestrator.errors import CostLimitError
 from orchestrator.pool import estimated_prompt_tokens, estimated_tokens
 from orchestrator.strategies.answer_form import AnswerForm
+from orchestrator.strategies.listening import Listening
 
 __all__ = [
     "Answer",
@@ -79,7 +80,7 @@ async def stream_one(
     purpose: str = "answer",
     check: bool = True,
 ) -> AsyncGenerator[Chunk, None]:
-    """Stream one expert's answer.
+    """Stream one expert's answer; whom it says it listens to is noted, and paid for.
 
     Args:
         name: Of the expert.
@@ -106,10 +107,15 @@ async def stream_one(
     call = Call(name, purpose, cost_usd=expected)
     context.calls.append(call)
     written, known, left = 0, False, False
+    listening = Listening(call, request, experts, context)
     form = AnswerForm.of(request) if check else None
     try:
         async with aclosing(expert.stream(request, timeout_s=timeout_s)) as stream:
             async for chunk in stream:
+                if chunk.peers is not None:
+                    lost = listening.to(chunk.peers, written)
+                    if lost and request.stream:
+                        yield Chunk(progress=f"{name} goes on without {', '.join(lost)}")
                 written += len(chunk.text) + sum(map(_arguments, chunk.tool_calls or ()))
                 if chunk.usage is not None:
                     call.usage, known = chunk.usage, True
@@ -127,6 +133,7 @@ async def stream_one(
             read = estimated_prompt_tokens(request)
             call.usage = Usage.of(read, estimated_tokens("." * written))
         call.cost_usd = expert.card.usd(call.usage)
+        listening.end()
 
 
 def _arguments(tool_call: Mapping[str, Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Literal
 
@@ -17,7 +17,7 @@ from orchestrator.errors import CostLimitError
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.calls import another_may_answer, held_back, stream_one
 
-__all__ = ["FallbackStrategy"]
+__all__ = ["FallbackStrategy", "first_to_answer"]
 
 logger = logging.getLogger("collegium.strategies")
 
@@ -45,7 +45,7 @@ class FallbackStrategy(Strategy):
         others = (name for names in self.fallbacks.values() for name in names)
         return tuple(dict.fromkeys((*self.fallbacks, *others)))
 
-    async def run(
+    def run(
         self,
         request: AnyRequest,
         decision: Decision,
@@ -56,18 +56,43 @@ class FallbackStrategy(Strategy):
         chosen, *others = decision.experts
         able = set(others)
         others = [name for name in self.fallbacks.get(chosen, others) if name in able]
-        attempts = [chosen, *others][: self.max_attempts]
-        for attempt, name in enumerate(attempts, start=1):
-            begun = False
-            chunks = stream_one(name, request, experts, context)
-            try:
-                async with aclosing(held_back(chunks, request, context)) as pieces:
-                    async for piece in pieces:
-                        begun = True
-                        yield piece
-                return
-            except (ExpertError, CostLimitError) as error:
-                last = attempt == len(attempts) or context.remaining_s <= 0
-                if begun or last or not another_may_answer(error):
-                    raise
-                logger.warning("expert %s failed, trying the next: %s", name, error)
+        return first_to_answer(
+            [chosen, *others][: self.max_attempts],
+            lambda name: stream_one(name, request, experts, context),
+            request,
+            context,
+        )
+
+
+async def first_to_answer(
+    attempts: Sequence[str],
+    ask: Callable[[str], AsyncGenerator[Chunk, None]],
+    request: AnyRequest,
+    context: RequestContext,
+) -> AsyncGenerator[Chunk, None]:
+    """Stream the answer of the first expert that gives one.
+
+    Args:
+        attempts: Experts to try, in order.
+        ask: Streams one expert's answer.
+        request: What is answered.
+        context: The request's deadline; its usage is the answer's.
+
+    Raises:
+        ExpertError: The last one's failure, one after the first byte, or one that every expert
+            would meet.
+        CostLimitError: The last one is too dear.
+    """
+    for attempt, name in enumerate(attempts, start=1):
+        begun = False
+        try:
+            async with aclosing(held_back(ask(name), request, context)) as pieces:
+                async for piece in pieces:
+                    begun = True
+                    yield piece
+            return
+        except (ExpertError, CostLimitError) as error:
+            last = attempt == len(attempts) or context.remaining_s <= 0
+            if begun or last or not another_may_answer(error):
+                raise
+            logger.warning("expert %s failed, trying the next: %s", name, error)

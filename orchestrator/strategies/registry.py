@@ -12,6 +12,7 @@ from orchestrator.strategies.chain import ChainStrategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.fusion import FusionStrategy
 from orchestrator.strategies.hedge import HedgeStrategy
+from orchestrator.strategies.latent import LatentStrategy
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.strategies.vote import VoteStrategy
 from orchestrator.strict import default_type
@@ -27,7 +28,8 @@ AnyStrategy = Annotated[
     | BestOfStrategy
     | FusionStrategy
     | HedgeStrategy
-    | ChainStrategy,
+    | ChainStrategy
+    | LatentStrategy,
     Field(discriminator="type"),
     default_type("fallback"),
 ]

@@ -1,0 +1,121 @@
+"""One expert writes, and listens to others of the same engine while it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from experts.base import AnyRequest, Expert
+from experts.config import ExpertConfig, cards_of
+from experts.types import Chunk
+from orchestrator.decision import Decision, RequestContext
+from orchestrator.strategies.base import Strategy
+from orchestrator.strategies.calls import expected_usd, stream_one
+from orchestrator.strategies.fallback import FallbackStrategy, first_to_answer
+from orchestrator.strategies.listening import PEERS, listening_usd
+from orchestrator.strategies.several import predicted
+
+__all__ = ["LatentStrategy", "gates", "hosted_together"]
+
+# Engines whose experts can listen to each other: those of one entry, and all scripted ones, which
+# stand in for members of one.
+LISTENING: frozenset[str] = frozenset({"latent", "scripted"})
+
+# Qualities of 0 and 1 have no log-odds.
+LEAST_QUALITY = 1e-6
+
+
+class LatentStrategy(Strategy):
+    """The first expert writes, and listens to the hidden states of the next ones while it does.
+
+    All experts of the route must be members of one engine of the kind ``latent``. If the writer
+    fails before its first byte, the next expert writes and listens to those after it, as in
+    ``fallback``. If a peer fails, the writer goes on without it.
+
+    References:
+        Mixture of Thoughts (arXiv:2509.21164). Departs from it in gates that are the softmax of the
+        log-odds of predicted qualities, so that any router can lead a collaboration.
+    """
+
+    type: Literal["latent"]
+    """Which kind of strategy."""
+    active: int = Field(default=2, ge=1, le=16)
+    """Experts that take part, the writer included, where neither the policy nor the request says; 1
+    has it write alone."""
+
+    def run(
+        self,
+        request: AnyRequest,
+        decision: Decision,
+        experts: Mapping[str, Expert],
+        context: RequestContext,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Stream the answer of the first expert that gives one."""
+        names = decision.experts
+        known = predicted(decision)
+        active = decision.width or self.active
+
+        def ask(writer: str) -> AsyncGenerator[Chunk, None]:
+            place = names.index(writer)
+            peers = names[place + 1 : place + active]
+            peers = _affordable(writer, peers, request, experts, context)
+            shares = gates([known.get(name, 0.5) for name in (writer, *peers)])
+            own = {PEERS: dict(zip(peers, shares[1:], strict=True))}
+            return stream_one(writer, request.model_copy(update=own), experts, context)
+
+        attempts = names[: FallbackStrategy().max_attempts]
+        return first_to_answer(attempts, ask, request, context)
+
+
+def gates(qualities: Sequence[float]) -> list[float]:
+    """How much each expert has to say: the softmax of the log-odds of their qualities.
+
+    Args:
+        qualities: Predicted, in [0, 1].
+    """
+    kept = [min(max(quality, LEAST_QUALITY), 1 - LEAST_QUALITY) for quality in qualities]
+    odds = [quality / (1 - quality) for quality in kept]
+    total = math.fsum(odds)
+    return [one / total for one in odds]
+
+
+def _affordable(
+    writer: str,
+    peers: Sequence[str],
+    request: AnyRequest,
+    experts: Mapping[str, Expert],
+    context: RequestContext,
+) -> tuple[str, ...]:
+    """The peers up to the first that the cost limit does not pay for, beside the writer."""
+    if context.max_cost_usd is None:
+        return tuple(peers)
+    usd = expected_usd(experts[writer], request)
+    paid = []
+    for peer in peers:
+        usd += listening_usd(experts[peer], request)
+        if not context.affords(usd):
+            break
+        paid.append(peer)
+    return tuple(paid)
+
+
+def hosted_together(entries: Iterable[ExpertConfig], names: Iterable[str]) -> bool:
+    """Whether all experts can listen to each other: members of one engine of the kind ``latent``.
+
+    Scripted experts count as such among themselves: they are the double that stands in for one.
+
+    Args:
+        entries: Of the config.
+        names: Of the experts.
+    """
+    hosts = {
+        card.name: "" if entry.engine == "scripted" else entry.name
+        for entry in entries
+        if entry.engine in LISTENING
+        for card in cards_of(entry)
+    }
+    found = [hosts.get(name) for name in names]
+    return None not in found and len(set(found)) == 1
