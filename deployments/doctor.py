@@ -14,6 +14,7 @@ from deployments.preflight import (
     check_memory,
     check_port,
     check_weights,
+    members_of,
     needed_gib,
 )
 from experts.config import TransformersExpertConfig, VLLMExpertConfig
@@ -72,9 +73,11 @@ def _installation() -> dict[str, Any]:
 def _needed_packages(config: CollegiumConfig) -> list[str]:
     engines = {entry.engine for entry in config.experts}
     names = ["ray", "pydantic", "onnxruntime"]
-    if "transformers" in engines or "vllm" in engines:
+    if engines & {"transformers", "vllm", "latent"}:
         names += ["torch", "transformers"]
-    if any(isinstance(entry, TransformersExpertConfig) for entry in config.experts):
+    members = [member for entry in config.experts for member in members_of(entry)]
+    adapted = any(member.adapter for member in members)
+    if adapted or any(isinstance(entry, TransformersExpertConfig) for entry in config.experts):
         names.append("peft")
     if any(isinstance(entry, VLLMExpertConfig) for entry in config.experts):
         names.append("vllm")

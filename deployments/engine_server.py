@@ -1,4 +1,4 @@
-"""The deployment that hosts one in-process engine: transformers, openai or scripted experts."""
+"""The deployment that hosts one in-process engine: all but vLLM's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from deployments.batching import Batch, in_batches
 from experts.base import AnyRequest, Expert
 from experts.config import ExpertConfig
+from experts.errors import ExpertConfigError
 
 __all__ = ["EngineServer"]
 
@@ -22,10 +23,11 @@ class EngineServer:
     """
 
     def __init__(self, entry: dict[str, Any]) -> None:
-        from experts.registry import open_experts
+        from experts.registry import experts_of, open_engine
 
         config: ExpertConfig = TypeAdapter(ExpertConfig).validate_python(entry)
-        self._experts: dict[str, Expert] = open_experts(config)
+        self._engine = open_engine(config)
+        self._experts: dict[str, Expert] = experts_of(self._engine)
         # A remote API that is down is no reason to replace the replica that calls it.
         self._watched = [] if config.engine == "openai" else list(self._experts.values())
 
@@ -40,9 +42,28 @@ class EngineServer:
         await self._experts[expert].check_health()
 
     async def check_health(self) -> None:
-        """Ray Serve's own question; a replica that fails it is replaced."""
+        """Ray Serve's own question; a replica that fails it is replaced.
+
+        One whose other experts can answer is not: that would break off what they are writing.
+        """
+        failure: Exception | None = None
         for expert in self._watched:
-            await expert.check_health()
+            try:
+                return await expert.check_health()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def drop(self, expert: str) -> None:
+        """Have an engine of several members go on without one, as if it had failed: for drills.
+
+        Raises:
+            ExpertConfigError: The engine's experts do not listen to each other.
+        """
+        if not hasattr(self._engine, "drop"):
+            raise ExpertConfigError(f"the engine of {expert!r} has no members to drop")
+        self._engine.drop(expert)
 
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experts.base import Expert
 from experts.config import ExpertConfig, RetrieverExpertConfig, VLLMExpertConfig
@@ -13,7 +13,7 @@ from experts.errors import ExpertConfigError
 if TYPE_CHECKING:
     from experts.retrieval.index import EncoderSource
 
-__all__ = ["ENGINES", "open_experts", "open_retrievers"]
+__all__ = ["ENGINES", "experts_of", "open_engine", "open_experts", "open_retrievers"]
 
 ENGINES = {
     "openai": "experts.openai_engine:OpenAIExpert",
@@ -32,6 +32,15 @@ def open_experts(config: ExpertConfig) -> dict[str, Expert]:
     Raises:
         ExpertConfigError: The engine cannot run in process, or its setup is wrong.
     """
+    return experts_of(open_engine(config))
+
+
+def open_engine(config: ExpertConfig) -> Any:
+    """Open the engine of one config entry: its only expert, or what gives several.
+
+    Raises:
+        ExpertConfigError: The engine cannot run in process, or its setup is wrong.
+    """
     if isinstance(config, VLLMExpertConfig):
         raise ExpertConfigError(
             f"expert {config.name!r}: vLLM experts are hosted by Ray Serve LLM; run "
@@ -42,10 +51,14 @@ def open_experts(config: ExpertConfig) -> dict[str, Expert]:
             f"expert {config.name!r}: a retriever is opened after its reader, by open_retrievers"
         )
     module, _, name = ENGINES[config.engine].partition(":")
-    opened = getattr(import_module(module), name)(config)
-    if hasattr(opened, "experts"):
-        return dict(opened.experts())
-    return {opened.card.name: opened}
+    return getattr(import_module(module), name)(config)
+
+
+def experts_of(engine: Any) -> dict[str, Expert]:
+    """The experts of an opened engine, by name."""
+    if hasattr(engine, "experts"):
+        return dict(engine.experts())
+    return {engine.card.name: engine}
 
 
 def open_retrievers(

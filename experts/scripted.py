@@ -1,8 +1,8 @@
 """An expert that follows a script: for tests, demonstrations and load tests.
 
-It stands in for a member of a latent collaboration too: it says that it listens to the request's
-``peers``, and what it writes is its script all the same. Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
-answer costs a few microseconds per piece and never waits.
+Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
+answer costs a few microseconds per piece and never waits. As a stand-in for a member of a latent
+collaboration it says that it listens to the request's ``peers``, and writes its script all the same.
 """
 
 from __future__ import annotations

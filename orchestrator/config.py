@@ -39,6 +39,7 @@ from orchestrator.memory.sessions import SessionsConfig
 from orchestrator.policies import PolicyConfig, UtilityPolicy
 from orchestrator.pool import Conversation
 from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.latent import check_hosting
 from orchestrator.strategies.registry import AnyStrategy
 from orchestrator.strict import StrictModel, default_type
 
@@ -244,7 +245,11 @@ class CollegiumConfig(StrictModel):
     @classmethod
     def _unique_names(cls, experts: tuple[ExpertConfig, ...]) -> tuple[ExpertConfig, ...]:
         seen: set[str] = set()
+        entries = [entry.name for entry in experts]
         for entry in experts:
+            if entries.count(entry.name) > 1:
+                # Deployments are called like entries, also those that are no expert themselves.
+                raise ValueError(f"expert {entry.name!r} is defined twice; names must differ")
             try:
                 names = [card.name for card in cards_of(entry)]
             except ValidationError as error:
@@ -331,6 +336,7 @@ class CollegiumConfig(StrictModel):
                         f"the strategy of route {route_name!r} names the unknown expert "
                         f"{expert!r}; known: {', '.join(map(repr, names))}"
                     )
+            check_hosting(route_name, route.strategy, listed, self.experts)
             if route.shadow is not None:
                 _check_shadow(route_name, route.shadow, self.routes, names)
         for experiment_name, experiment in self.experiments.items():
@@ -532,5 +538,11 @@ def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:
         if isinstance(entry, RetrieverExpertConfig) and ":" not in entry.index
         else entry
         for entry in config.experts
+    )
+    experts = tuple(
+        entry.model_copy(update={"artefact": absolute(artefact)})
+        if (artefact := getattr(entry, "artefact", None)) and ":" not in artefact
+        else entry
+        for entry in experts
     )
     return config.model_copy(update={"routers": routers, "experts": experts, "memory": memory})

@@ -46,8 +46,9 @@ from orchestrator.memory.sqlite import SQLiteStore
 from orchestrator.options import RoutingOptions, not_allowed
 from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text, split_pool
 from orchestrator.release_watch import ReleaseWatch
-from orchestrator.routes import build_route, too_dear
+from orchestrator.routes import Route, build_route, too_dear
 from orchestrator.strategies.calls import play
+from orchestrator.strategies.latent import check_hosting
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
@@ -104,7 +105,7 @@ class Orchestrator:
             says, which is enough for decisions.
 
     Raises:
-        ConfigError: A route's experts are unknown to its router.
+        ConfigError: A route's experts are unknown to its router, or do not go with its strategy.
     """
 
     def __init__(
@@ -119,13 +120,7 @@ class Orchestrator:
         self.experts = experts
         self.releases = ReleaseWatch(config, routers, self._prepare)
         self.routes = {
-            name: build_route(
-                name,
-                route,
-                routers[route.router],
-                self.cards,
-                self.releases.in_use.get(route.router),
-            )
+            name: self._route(name, routers[route.router], self.releases.in_use.get(route.router))
             for name, route in config.routes.items()
         }
         self.embeddings = Embeddings(config, routers)
@@ -157,10 +152,19 @@ class Orchestrator:
         self._cache = _open_cache(config, self.memory)
         self._sessions = Sessions(config.sessions, self.memory) if config.sessions else None
 
+    def _route(self, name: str, router: Router, release: str | None) -> Route:
+        route = build_route(name, self.config.routes[name], router, self.cards, release)
+        try:
+            # Where a route lists nobody, only its router knows whom it may choose.
+            check_hosting(name, route.config.strategy, route.experts, self.config.experts)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return route
+
     def _prepare(self, name: str, router: Router, release: str) -> Callable[[], None]:
         """What puts a router in use; requests under way keep the one they began with."""
         changed = {
-            route_name: build_route(route_name, route, router, self.cards, release)
+            route_name: self._route(route_name, router, release)
             for route_name, route in self.config.routes.items()
             if route.router == name
         }

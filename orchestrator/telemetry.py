@@ -43,6 +43,12 @@ class Telemetry:
             ["expert", "purpose", "outcome"],
             registry=self.registry,
         )
+        self.peers_lost = Counter(
+            "collegium_peers_lost_total",
+            "Answers that an expert was to be listened to for, and that went on without it.",
+            ["expert"],
+            registry=self.registry,
+        )
         self.cost_usd = Counter(
             "collegium_cost_usd_total",
             "US dollars by the prices of the experts' cards.",
@@ -155,3 +161,5 @@ class Telemetry:
             self.tokens.labels(call.expert, "prompt").inc(call.usage.prompt_tokens)
             self.tokens.labels(call.expert, "completion").inc(call.usage.completion_tokens)
             self.cost_usd.labels(call.expert).inc(call.cost_usd)
+            if call.error == "lost":
+                self.peers_lost.labels(call.expert).inc()

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -67,6 +67,7 @@ def decision_headers(
     if context is not None:
         values["model"] = context.expert
         values["path"] = ">".join(context.path) or None
+        values["peers"] = _peers(context.peers)
         if all(call.seconds is not None for call in context.calls):
             values["cost"] = f"{context.cost_usd:.6g}"
         values["cache"] = context.cache.state if context.cache else None
@@ -74,6 +75,12 @@ def decision_headers(
     if debug:
         values["trace"] = encode(decision).decode()
     return {PREFIX + name: _header(value) for name, value in values.items() if value is not None}
+
+
+def _peers(peers: Mapping[str, float] | None) -> str | None:
+    if peers is None:
+        return None
+    return ",".join(f"{name}={gate:.4f}" for name, gate in peers.items()) or "none"
 
 
 def _header(text: str) -> str:

@@ -37,7 +37,8 @@ class CallRecord(_Record):
     cost_usd: float
     """What it cost in US dollars."""
     error: str | None
-    """Name of the error it ended with; ``cancelled`` if nobody wanted the rest."""
+    """Name of the error it ended with; ``cancelled`` if nobody wanted the rest, ``lost`` if the
+    writer went on without listening to it."""
 
 
 class DecisionRecord(_Record):
@@ -64,7 +65,10 @@ class DecisionRecord(_Record):
     expert: str | None
     """Who answered, or was asked last; null if nobody was asked."""
     path: list[CallRecord]
-    """Every expert asked, in order."""
+    """Every expert asked or listened to, in order."""
+    peers: dict[str, float] | None = None
+    """Who the writer listened to as its answer began, with their gates; null if it was not asked
+    to."""
     status: int
     """The HTTP status; 499 if the client left."""
     category: str | None
@@ -111,6 +115,7 @@ class DecisionRecord(_Record):
                 )
                 for call in context.calls
             ],
+            peers=context.peers,
             status=status,
             category=decision.category,
             confidence=None if decision.confidence is None else float(decision.confidence),

@@ -18,7 +18,7 @@ from orchestrator.strategies.fallback import FallbackStrategy, first_to_answer
 from orchestrator.strategies.listening import PEERS, listening_usd
 from orchestrator.strategies.several import predicted
 
-__all__ = ["LatentStrategy", "gates", "hosted_together"]
+__all__ = ["LatentStrategy", "check_hosting", "gates", "hosted_together"]
 
 # Engines whose experts can listen to each other: those of one entry, and all scripted ones, which
 # stand in for members of one.
@@ -119,3 +119,27 @@ def hosted_together(entries: Iterable[ExpertConfig], names: Iterable[str]) -> bo
     }
     found = [hosts.get(name) for name in names]
     return None not in found and len(set(found)) == 1
+
+
+def check_hosting(
+    route: str, strategy: Strategy, names: Sequence[str], entries: Iterable[ExpertConfig]
+) -> None:
+    """Make sure that a route's experts can listen to each other where its strategy has them do so.
+
+    Args:
+        route: Name of the route.
+        strategy: Of the route.
+        names: Of its experts; none if they are not known yet.
+        entries: All experts of the config.
+
+    Raises:
+        ValueError: Not all are members of one engine.
+    """
+    if not isinstance(strategy, LatentStrategy) or not names:
+        return
+    if not hosted_together(entries, names):
+        raise ValueError(
+            f"the strategy 'latent' of route {route!r} needs experts that one entry with engine "
+            f"'latent' hosts together, but {', '.join(map(repr, names))} are not; list only members "
+            "of one under the route's 'experts'"
+        )

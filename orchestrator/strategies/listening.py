@@ -1,4 +1,4 @@
-"""Whom a writer of a latent collaboration listens to: noted, paid for, and missed when it is lost."""
+"""Whom a writer of a latent collaboration listens to: noted, paid for, and missed when lost."""
 
 from __future__ import annotations
 
