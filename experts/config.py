@@ -201,8 +201,8 @@ class ScriptRule(_Strict):
     tool_call: ScriptedToolCall | None = None
     """Call this tool if the request offers tools."""
     peer_lost_after_chunks: int | None = Field(default=None, ge=0)
-    """Pieces after which the first of the request's ``peers`` is listened to no longer, as if it had
-    failed; none loses nobody."""
+    """Pieces after which the first of the request's ``peers`` is not listened to any more, as if it
+    had failed; none loses nobody."""
 
 
 Fault = Literal["error", "timeout", "hang", "truncated", "garbage", "broken"]

@@ -2,7 +2,7 @@
 
 Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
 answer costs a few microseconds per piece and never waits. As a stand-in for a member of a latent
-collaboration it says that it listens to the request's ``peers``, and writes its script all the same.
+collaboration an expert says that it listens to the request's ``peers``, and keeps to its script.
 """
 
 from __future__ import annotations

@@ -140,6 +140,6 @@ def check_hosting(
     if not hosted_together(entries, names):
         raise ValueError(
             f"the strategy 'latent' of route {route!r} needs experts that one entry with engine "
-            f"'latent' hosts together, but {', '.join(map(repr, names))} are not; list only members "
-            "of one under the route's 'experts'"
+            f"'latent' hosts together, which {', '.join(map(repr, names))} are not; list only "
+            "members of one under the route's 'experts'"
         )

@@ -6,11 +6,16 @@ from experts.errors import ExpertOverloadedError, ExpertUnavailableError
 from orchestrator.config import ConfigError, parse_config
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
+from orchestrator.strategies.latent import LatentStrategy
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.testing import StrategyCheck, StrategyRun, scripted, strategy_checks
 from tests.orchestrator.support import config_content
 
-STRATEGIES: list[Strategy] = [SingleStrategy(), FallbackStrategy()]
+STRATEGIES: list[Strategy] = [
+    SingleStrategy(),
+    FallbackStrategy(),
+    LatentStrategy(type="latent"),
+]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.type)
