@@ -107,6 +107,34 @@ async def test_fails_after_the_scripted_number_of_pieces(kind, error, after):
     assert expert.active == 0
 
 
+@pytest.mark.parametrize(
+    ("lost_after", "said"),
+    [
+        (None, [{"a": 0.5, "b": 0.1}, None, None]),
+        (0, [{"b": 0.1}, None, None]),
+        (2, [{"a": 0.5, "b": 0.1}, None, {"b": 0.1}]),
+    ],
+)
+async def test_says_whom_it_listens_to(lost_after, said):
+    expert = _expert(ScriptRule(answer="one two three", peer_lost_after_chunks=lost_after))
+    request = _chat(peers={"a": 0.5, "b": 0.1})
+    *pieces, _ = [chunk async for chunk in expert.stream(request, timeout_s=5)]
+    assert [piece.peers for piece in pieces] == said
+    assert "".join(piece.text for piece in pieces) == "one two three"
+
+
+async def test_says_nothing_of_peers_unless_asked():
+    assert all([chunk.peers is None async for chunk in _expert().stream(_chat(), timeout_s=5)])
+    alone = [chunk.peers async for chunk in _expert().stream(_chat(peers={}), timeout_s=5)]
+    assert alone == [{}, None, None, None]
+
+
+@pytest.mark.parametrize("peers", [["a"], {"a": 0}, {"a": 1.5}, {"a": "much"}])
+async def test_refuses_peers_without_gates(peers):
+    with pytest.raises(errors.InvalidRequestError, match="peers"):
+        await _ask(_expert(), _chat(peers=peers))
+
+
 async def test_delays_and_deadline():
     slow = _expert(ScriptRule(answer="one two three", delay_s=0.02, chunk_delay_s=0.02))
     started = time.monotonic()

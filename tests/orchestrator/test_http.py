@@ -564,6 +564,7 @@ async def test_metrics_have_exactly_these_names():
         "collegium_requests_total",
         "collegium_memory_errors_total",
         "collegium_expert_calls_total",
+        "collegium_peers_lost_total",
         "collegium_cost_usd_total",
         "collegium_tokens_total",
         "collegium_in_flight_requests",
