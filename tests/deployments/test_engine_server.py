@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.engine_server import EngineServer
 from experts.errors import ExpertConfigError, ExpertUnavailableError
 from experts.scripted import ScriptedExpert
+from tests.deployments.latent_pool import Server
 from tests.orchestrator.composing import scripted
 
 ENTRY = {"name": "a", "engine": "scripted"}
-
-
-class Server(EngineServer):
-    """Ray awaits the destructor, which Python cannot."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
 
 
 class Engine:
@@ -34,12 +27,12 @@ class Engine:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> EngineServer:
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr("experts.scripted.ScriptedExpert", Engine)
     return Server(ENTRY)
 
 
-async def test_an_engine_is_replaced_when_none_of_its_experts_can_answer(server: EngineServer):
+async def test_an_engine_is_replaced_when_none_of_its_experts_can_answer(server: Server):
     general, maths = server._experts.values()
     await server.check_health()
     await general.aclose()
@@ -51,7 +44,7 @@ async def test_an_engine_is_replaced_when_none_of_its_experts_can_answer(server:
         await server.check_health()
 
 
-async def test_a_member_can_be_taken_out(server: EngineServer):
+async def test_a_member_can_be_taken_out(server: Server):
     await server.drop("maths")
     assert server._engine.dropped == ["maths"]
 

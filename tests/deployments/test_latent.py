@@ -87,13 +87,13 @@ async def test_a_peer_taken_out_half_way_costs_nobody_an_answer(service: Service
     (before,) = service.replicas("expert-thoughts")
     with peer_taker(service, "expert-thoughts", "maths") as taker:
         assert taker.stdin is not None
-        queue = iter(range(REQUESTS))
+        command, queue = taker.stdin, iter(range(REQUESTS))
 
         async def worker(http: httpx.AsyncClient) -> None:
             for number in queue:
                 if number == REQUESTS // 2:
-                    taker.stdin.write("now\n")
-                    taker.stdin.flush()
+                    command.write("now\n")
+                    command.flush()
                 response = await http.post("/v1/chat/completions", json=_body(number))
                 outcome = _outcome(response, stream=number % 2 == 0)
                 outcomes[outcome] += 1

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 
 from deployments import preflight
 from deployments.builders import build
+from experts.types import Chunk
 from orchestrator.cli import main
 from orchestrator.config import ConfigError, load_config, parse_config
-from tests.deployments.latent_pool import MEMBERS, latent_entry
+from tests.deployments.latent_pool import MEMBERS, Server, latent_entry
 from tests.orchestrator.support import chat_request
 
 pytest.importorskip("experts.latent.engine")
@@ -59,7 +60,8 @@ def test_a_route_keeps_to_one_engine(entry):
 def test_an_artefact_is_found_beside_the_config(entry, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps({"experts": [{**entry, "artefact": "thoughts"}]}))
-    assert load_config(file).experts[0].artefact == str(tmp_path / "thoughts")
+    (found,) = load_config(file).model_dump()["experts"]
+    assert found["artefact"] == str(tmp_path / "thoughts")
 
 
 def test_members_that_do_not_fit_are_refused_with_figures(entry, monkeypatch):
@@ -84,35 +86,22 @@ def test_doctor_names_what_members_lack(entry, tmp_path):
 
 
 async def test_the_deployment_answers_for_every_member(entry):
-    from deployments.engine_server import EngineServer
-
-    class Server(EngineServer):
-        """Ray awaits the destructor, which Python cannot."""
-
-        def __del__(self) -> None:
-            pass
-
     server = Server(parse_config({"experts": [entry]}).experts[0].model_dump(mode="json"))
     try:
         for name in MEMBERS:
             await server.healthy(name)
         peers = {"maths": 0.3, "extract": 0.2}
-        request = chat_request("hello", max_tokens=8, peers=peers)
-        said = [
-            chunk.peers
-            async for batch in server.stream("general", request, 30.0)
-            for chunk in batch
-            if chunk.peers is not None
-        ]
-        assert said == [peers]
+        assert await _listened_to(server, peers) == [peers]
         await server.drop("maths")
         await server.check_health()
-        said = [
-            chunk.peers
-            async for batch in server.stream("general", request, 30.0)
-            for chunk in batch
-            if chunk.peers is not None
-        ]
-        assert [list(one) for one in said] == [["extract"]]
+        assert [list(one) for one in await _listened_to(server, peers)] == [["extract"]]
     finally:
-        await EngineServer.__del__(server)
+        for expert in server._experts.values():
+            await expert.aclose()
+
+
+async def _listened_to(server: Server, peers: dict[str, float]) -> list[dict[str, float]]:
+    request = chat_request("hello", max_tokens=8, peers=peers)
+    chunks = [chunk async for batch in server.stream("general", request, 30) for chunk in batch]
+    assert all(isinstance(chunk, Chunk) for chunk in chunks)
+    return [one.peers for one in chunks if isinstance(one, Chunk) and one.peers is not None]

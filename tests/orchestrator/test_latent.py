@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experts.config import OpenAIExpertConfig, ScriptedExpertConfig
+from experts.config import ExpertConfig, OpenAIExpertConfig, ScriptedExpertConfig
 from experts.errors import ExpertFailedError
 from orchestrator.config import ConfigError, parse_config
 from orchestrator.core import Orchestrator
@@ -148,7 +148,7 @@ async def test_who_is_listened_to_is_paid_for_what_it_reads():
 async def test_a_cost_limit_leaves_out_peers_first():
     prices = {"input_usd_per_mtok": 1.0, "output_usd_per_mtok": 1.0}
     experts = [scripted(name, **prices) for name in "abc"]
-    text = {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 100}
+    text: dict[str, Any] = {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 100}
     # Everyone is expected to cost 200 tokens: 100 of the prompt, 100 of the answer.
     for max_cost, peers in ((700e-6, ["b", "c"]), (500e-6, ["b"]), (300e-6, [])):
         run = Run(latent(3), experts, max_cost=max_cost, **text)
@@ -325,7 +325,7 @@ def test_experts_that_only_the_router_knows_are_checked_too():
 
 
 def test_hosted_together():
-    entries = [
+    entries: list[ExpertConfig] = [
         *(ScriptedExpertConfig(name=name, engine="scripted") for name in "ab"),
         OpenAIExpertConfig.model_validate(REMOTE),
     ]
