@@ -64,21 +64,20 @@ def peer_taker(service: Service, deployment: str, expert: str) -> Iterator[subpr
     commands = " ".join(part for process in family for part in process.cmdline())
     found = re.search(r"--gcs-address=(\S+)", commands)
     assert found is not None
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", DROP, found.group(1), deployment, expert],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env={**os.environ, "RAY_AUTH_MODE": "token"},
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "connected"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "connected"
+            yield process
+        finally:
+            process.kill()
 
 
 async def test_a_peer_taken_out_half_way_costs_nobody_an_answer(service: Service) -> None:
