@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["NEVER", "Interaction", "Memory"]
+__all__ = ["NEVER", "Interaction", "Memory", "Scale"]
 
 NEVER = torch.iinfo(torch.long).max // 2
 """A position of the writer that it never reaches: entries from there on are not there."""
+
+# Tokens that look like no other say no more than others do.
+_MOST = 8.0
 
 
 class Memory:
@@ -41,24 +44,74 @@ class Memory:
         )
 
 
+class Scale(nn.Module):
+    """Puts one expert's states on the scale that all share, and what is said to it on its own.
+
+    Hidden states are mostly constant: a few dimensions, the same for all tokens, hold nearly all of
+    their length. What tells one text from another is read off the rest, so each dimension is taken
+    relative to its mean and spread over real texts. These are measured, not learnt.
+
+    References:
+        Sun et al., "Massive Activations in Large Language Models" (arXiv:2402.17762).
+
+    Args:
+        width: Size of the expert's hidden states.
+    """
+
+    mean: torch.Tensor
+    spread: torch.Tensor
+    length: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        self.register_buffer("length", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, states: torch.Tensor) -> None:
+        """Measure on tokens of texts, shape (n_tokens, width).
+
+        The first token of a text is better left out: many models park attention there, and it
+        looks like no other.
+        """
+        states = states.to(self.mean.dtype)
+        normed = functional.rms_norm(states, states.shape[-1:])
+        self.mean.copy_(normed.mean(0))
+        self.spread.copy_(normed.std(0).clamp(min=1e-4))
+        self.length.copy_(states.square().mean(-1).sqrt().median())
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """States on the common scale, same shape."""
+        states = states.to(self.mean.dtype)
+        normed = functional.rms_norm(states, states.shape[-1:])
+        return ((normed - self.mean) / self.spread).clamp(-_MOST, _MOST)
+
+    def back(self, message: torch.Tensor) -> torch.Tensor:
+        """A message on the expert's own scale; a message of zero stays zero."""
+        return message * (self.spread * self.length)
+
+
 class Interaction(nn.Module):
     """One boundary between stacks: the writer attends over what all active experts think.
 
     With states H_m of expert m, gates w_m and a writer p, in a space of ``width`` dimensions:
 
-        P_m = In_m norm_m(H_m)
+        P_m = In_m scaled_m(H_m)
         A   = softmax(W_q P_p (W_k P_m)^T / sqrt(d) - slope * distance + mask) (w_m W_v P_m)
-        H_p <- H_p + Out_p W_o A
+        H_p <- H_p + unscaled_p(Out_p W_o A)
 
     The softmax runs over the tokens of all experts together, the writer's own included. The mask
     and the distance are in positions of the writer: an entry is seen from the writer's first token
-    that ends no earlier in the text than the entry does. Nothing has a bias, so gates of zero
-    leave H_p as it is, bit for bit; ``Out`` begins as zero, so an untrained layer does as well.
+    that ends no earlier in the text than the entry does. Behind the gates nothing has a bias, so
+    gates of zero leave H_p as it is, bit for bit; ``Out`` begins as zero, so an untrained layer
+    does as well.
 
     References:
         "Mixture of Thoughts" (arXiv:2509.21164). Departs from it in gating the values, in attending
         over peers' tokens at their own length, in the distance (Press et al., ALiBi,
-        arXiv:2108.12409, with learned slopes), and in leaving peers' states as they are.
+        arXiv:2108.12409, with learned slopes), in scaling states by measured moments instead of a
+        learned LayerNorm, and in leaving peers' states as they are.
 
     Args:
         widths: Size of each expert's hidden states, by name.
@@ -72,7 +125,7 @@ class Interaction(nn.Module):
         # Names may hold dots, which names of modules may not.
         self._places = {name: str(place) for place, name in enumerate(widths)}
         places = dict(zip(self._places.values(), widths.values(), strict=True))
-        self.norm = nn.ModuleDict({p: nn.RMSNorm(size, eps=1e-6) for p, size in places.items()})
+        self.scale = nn.ModuleDict({p: Scale(size) for p, size in places.items()})
         self.into = nn.ModuleDict(
             {p: nn.Linear(size, width, bias=False) for p, size in places.items()}
         )
@@ -87,6 +140,12 @@ class Interaction(nn.Module):
         self.slope = nn.Parameter(slopes.log())
         for weight in self.out.parameters():
             nn.init.zeros_(weight)
+
+    def scale_of(self, name: str) -> Scale:
+        """The scale of an expert's states."""
+        scale = self.scale[self._places[name]]
+        assert isinstance(scale, Scale)
+        return scale
 
     def note(
         self, name: str, states: torch.Tensor, gate: torch.Tensor, seen_from: torch.Tensor
@@ -123,14 +182,11 @@ class Interaction(nn.Module):
             query, memory.keys, memory.values, attn_mask=bias
         )
         mixed = self.mix(attended.transpose(1, 2).flatten(2))
-        message: torch.Tensor = self.out[self._places[name]](mixed)
+        message = self.scale_of(name).back(self.out[self._places[name]](mixed))
         return message.to(states.dtype)
 
     def _shared(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        place = self._places[name]
-        # The learned part computes in its own format, whatever that of the experts.
-        normed = self.norm[place](states.to(self.query.weight.dtype))
-        shared: torch.Tensor = self.into[place](normed)
+        shared: torch.Tensor = self.into[self._places[name]](self.scale_of(name)(states))
         return shared
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:

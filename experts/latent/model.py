@@ -77,6 +77,17 @@ class LatentModel(nn.Module):
         assert isinstance(layer, Interaction)
         return layer
 
+    def fit_scales(self, name: str, states: Sequence[torch.Tensor]) -> None:
+        """Measure what an expert's states look like, before anything is learnt.
+
+        Args:
+            name: The expert.
+            states: Of some texts, shape (n_boundaries, n_tokens, width) each.
+        """
+        for boundary in range(len(self.interactions)):
+            tokens = torch.cat([text[boundary, 1:] for text in states])
+            self.interaction(boundary).scale_of(name).fit(tokens)
+
     @torch.no_grad()
     def read(self, name: str, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Hidden states of an expert, one tensor per text: (n_boundaries, n_tokens, width)."""
@@ -156,7 +167,5 @@ class LatentModel(nn.Module):
         known = [t.states[name] for t in texts if t.states is not None]
         if len(known) < len(texts):
             known = self.read(name, [t.tokens[name].ids for t in texts])
-        padded = pad_sequence(
-            [states.transpose(0, 1) for states in known], batch_first=True
-        )
+        padded = pad_sequence([states.transpose(0, 1) for states in known], batch_first=True)
         return padded.permute(2, 0, 1, 3)
