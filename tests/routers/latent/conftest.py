@@ -77,9 +77,7 @@ def _teach(model, tokenizer, value_of, steps):
     optimizer = torch.optim.AdamW(learnt, lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(steps):
-        rows = [
-            place * len(VALUES) + VALUES.index(value_of(key)) for place, key in enumerate(KEYS)
-        ]
+        rows = [place * len(VALUES) + VALUES.index(value_of(key)) for place, key in enumerate(KEYS)]
         loss = model(input_ids=ids[rows], labels=labels[rows]).loss
         loss.backward()
         optimizer.step()
@@ -110,9 +108,9 @@ def folders(tmp_path_factory):
         if name == "sage":
             for layer in model.model.layers[4:]:
                 _skip(layer)  # so that what it knows is there where others listen
-            assert _teach(model, tokenizer, KNOWN.__getitem__, 250) < 0.05
+            assert _teach(model, tokenizer, KNOWN.__getitem__, 160) < 0.2
         if name == "writer":  # knows how to answer, but not what
-            _teach(model, tokenizer, wrong.__getitem__, 120)
+            _teach(model, tokenizer, wrong.__getitem__, 80)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
