@@ -59,6 +59,12 @@ class LatentRouter(GradientRouter):
         "last": ("models", "hidden"),
         "last_bias": ("models",),
     }
+    first_: NDArray[np.float32]
+    first_bias_: NDArray[np.float32]
+    second_: NDArray[np.float32]
+    second_bias_: NDArray[np.float32]
+    last_: NDArray[np.float32]
+    last_bias_: NDArray[np.float32]
 
     def __init__(
         self,
@@ -142,7 +148,9 @@ class LatentRouter(GradientRouter):
         self._take(network)
 
     def _take(self, network: torch.nn.Sequential) -> None:
-        layers = [layer for layer in network if hasattr(layer, "weight")]
+        from torch import nn
+
+        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
         for name, layer in zip(("first", "second", "last"), layers, strict=True):
             for suffix, tensor in (("_", layer.weight), ("_bias_", layer.bias)):
                 setattr(self, f"{name}{suffix}", tensor.detach().cpu().numpy().copy())

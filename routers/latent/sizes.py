@@ -41,7 +41,7 @@ def width_for(parameters: int, size: int, *, n_heads: int, n_stacks: int) -> tup
 
     Examples:
         >>> width_for(400_000, 576, n_heads=8, n_stacks=2)
-        (204, 6)
+        (203, 7)
     """
 
     def count(width: int, heads: int) -> int:

@@ -112,7 +112,7 @@ class StateStore:
         from safetensors import SafetensorError, safe_open
 
         try:
-            opened = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="pt")
         except SafetensorError as error:
             raise RouterError(f"{file} is damaged: {error}; delete it") from error
         self._files |= {f"{space}/{name}": opened for name in opened.keys()}

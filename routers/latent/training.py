@@ -121,7 +121,7 @@ def without_peers(
     one is owed to the peers and not to the parameters.
 
     Raises:
-        RouterError: The configuration names no writer.
+        RouterError: The configuration names no writer, or is too small to be matched.
     """
     if config.writer is None:
         raise RouterError("name a writer to compare with it alone")
@@ -134,7 +134,12 @@ def without_peers(
         network = LatentRouter(encoder=config.encoder).network(len(widths))
         parameters += sum(p.numel() for p in network.parameters())
     size = members[config.writer].stacked.width
-    width, n_heads = width_for(parameters, size, n_heads=config.n_heads, n_stacks=config.n_stacks)
+    try:
+        width, n_heads = width_for(
+            parameters, size, n_heads=config.n_heads, n_stacks=config.n_stacks
+        )
+    except ValueError as error:
+        raise RouterError(f"cannot compare with the writer alone: {error}") from error
     changes = {
         "members": [member for member in config.members if member.name == config.writer],
         "active": 1, "width": width, "n_heads": n_heads, "table": None, "peers": "routed",

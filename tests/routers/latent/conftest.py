@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 
 
-def _tokenizer(vocab_size, first, extra):
+def _tokenizer(vocab_size, first):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +34,7 @@ def _tokenizer(vocab_size, first, extra):
         show_progress=False,
     )
     texts = [f"user {key}" for key in KEYS] + [f" {value}" for value in VALUES] * 40
-    backend.train_from_iterator([*texts, *[" assistant", "assistant"] * 40, *extra], trainer)
+    backend.train_from_iterator([*texts, *[" assistant", "assistant"] * 40], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     # What a template writes before the answer belongs to it: " amber" and not "amber".
     tokenizer.chat_template = TEMPLATE.format(first=first)
@@ -101,12 +101,12 @@ def folders(tmp_path_factory):
     every pair."""
     folder = tmp_path_factory.mktemp("latent_members")
     wrong = dict(zip(KEYS, random.Random(2).choices(VALUES, k=len(KEYS)), strict=True))
-    plans = {"writer": (300, 6, "|"), "sage": (420, 6, "#"), "fool": (330, 5, "")}
+    plans = {"writer": (300, 6, "|"), "sage": (420, 3, "#"), "fool": (330, 5, "")}
     for seed, (name, (vocabulary, layers, first)) in enumerate(plans.items()):
-        tokenizer = _tokenizer(vocabulary, first, [])
+        tokenizer = _tokenizer(vocabulary, first)
         model = _model(tokenizer, layers, seed)
         if name == "sage":
-            for layer in model.model.layers[4:]:
+            for layer in model.model.layers[2:]:
                 _skip(layer)  # so that what it knows is there where others listen
             assert _teach(model, tokenizer, KNOWN.__getitem__, 160) < 0.2
         if name == "writer":  # knows how to answer, but not what

@@ -15,12 +15,18 @@ from routers.testing import MODELS, example_table  # noqa: E402
 TEXTS = ["bake bread onion soup", "tenant court appeal", "river city music"]
 
 
+def _last(network) -> torch.nn.Linear:
+    layer = network[-1]
+    assert isinstance(layer, torch.nn.Linear)
+    return layer
+
+
 def _adopted():
     torch.manual_seed(0)
     router = LatentRouter(encoder="hashing")
     network = router.network(3)
     with torch.no_grad():
-        network[-1].weight.mul_(50)  # scores that differ
+        _last(network).weight.mul_(50)  # scores that differ
     return router, network.eval()
 
 
@@ -40,9 +46,9 @@ def test_quality_is_the_sigmoid_of_the_networks_scores(tmp_path):
 
 def test_a_new_network_favours_nobody():
     torch.manual_seed(0)
-    network = LatentRouter(encoder="hashing").network(3)
-    assert network[-1].bias.tolist() == [0.0, 0.0, 0.0]
-    assert float(network[-1].weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    last = _last(LatentRouter(encoder="hashing").network(3))
+    assert last.bias.tolist() == [0.0, 0.0, 0.0]
+    assert float(last.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_it_learns_from_a_table_alone():

@@ -74,15 +74,15 @@ def _held_out(folder: Path) -> list[dict[str, Any]]:
 
 def test_peers_who_know_what_the_writer_does_not_help(make, members, tmp_path):
     changes = {
-        "width": 32, "n_heads": 4, "gates": "uniform", "batch_size": 12, "max_steps": 60,
-        "evaluate_every": 20, "warmup": 5,
+        "width": 80, "n_heads": 4, "gates": "uniform", "batch_size": 12, "max_steps": 100,
+        "evaluate_every": 20, "warmup": 5, "patience": 2,
     }  # fmt: skip
     config = make(("writer", "sage"), **changes)
     together = train_latent(config, tmp_path / "together", members=members)
     alone = train_latent(without_peers(config, members), tmp_path / "alone", members=members)
     assert abs(alone.parameters / together.parameters - 1) <= 0.01
     assert alone.loss_before == pytest.approx(together.loss_before, abs=1e-5)
-    assert together.loss < 0.6 < 0.9 < alone.loss < alone.loss_before
+    assert together.loss < 0.6 < 0.95 < alone.loss < alone.loss_before
     rows = list(zip(_held_out(tmp_path / "together"), _held_out(tmp_path / "alone"), strict=True))
     assert all(one["prompt"] == other["prompt"] for one, other in rows)
     better = [one["after"]["loss"] < other["after"]["loss"] for one, other in rows]
