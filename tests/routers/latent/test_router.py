@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,10 +17,8 @@ from routers.testing import MODELS, example_table  # noqa: E402
 TEXTS = ["bake bread onion soup", "tenant court appeal", "river city music"]
 
 
-def _last(network) -> torch.nn.Linear:
-    layer = network[-1]
-    assert isinstance(layer, torch.nn.Linear)
-    return layer
+def _last(network) -> Any:
+    return network[-1]
 
 
 def _adopted():
