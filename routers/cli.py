@@ -21,15 +21,18 @@ from routers.registry import get_router_class, registered_routers
 
 __all__ = ["print_manifest", "train_command"]
 
-# Methods that train something else than a router, each with the command that does it.
-OTHER_METHODS = {"adapter": "experts.cli:train_adapter_command"}
+# Methods that train something else than a router alone, each with the command that does it.
+OTHER_METHODS = {
+    "adapter": "experts.cli:train_adapter_command",
+    "latent": "routers.latent.cli:train_latent_command",
+}
 
 
 class _TrainGroup(click.Group):
     """Lists methods without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*registered_routers(), *OTHER_METHODS])
+        return sorted({*registered_routers(), *OTHER_METHODS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in OTHER_METHODS:
@@ -55,9 +58,11 @@ class _TrainGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group("train", cls=_TrainGroup, short_help="Train a router or an adapter.")
+@click.group(
+    "train", cls=_TrainGroup, short_help="Train a router, an adapter or a latent collaboration."
+)
 def train_command() -> None:
-    """Train METHOD: a router on an outcome table, or an adapter on a task."""
+    """Train METHOD: a router on an outcome table, or an adapter or experts together on a task."""
 
 
 def _router_command(method: str) -> click.Command:

@@ -30,6 +30,7 @@ ROUTERS: dict[str, str] = {
     "irt": "routers.irt:IRTRouter",
     "kmeans": "routers.kmeans:KMeansRouter",
     "knn": "routers.knn:KNNRouter",
+    "latent": "routers.latent.router:LatentRouter",
     "length": "routers.baselines:LengthRouter",
     "mf": "routers.mf:MFRouter",
     "nexus": "routers.nexus:NexusRouter",
