@@ -45,6 +45,8 @@ _TRAINING_VERSION = 1
 # What decides nothing of the result, or stands in the fingerprint by its contents.
 _NO_CHOICES = {"data", "validation", "table", "cache", "checkpoint_every", "device"}
 TABLE_ROWS = 64
+# Texts on which members' states are measured.
+SCALE_TEXTS = 32
 
 
 def train_latent(
@@ -283,6 +285,7 @@ class _Training:
             learning_rate=config.learning_rate * config.router_learning_rate_factor,
         )  # fmt: skip
         self.network = self.router.network(len(self.names)) if config.has_router else None
+        self._fit_scales(learnt[:SCALE_TEXTS])
         self.learnt = torch.nn.ModuleDict({"interactions": self.model.interactions})
         self.n_router_parameters = 0
         if self.network is not None:
@@ -306,6 +309,15 @@ class _Training:
         self.after: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_step = 0
+
+    def _fit_scales(self, numbers: Sequence[int]) -> None:
+        """Measure what members' states look like on some texts."""
+        if not len(self.model.interactions):
+            return
+        writer = self.names[self.writer or 0]
+        for name in self.names:
+            ids = [self.reader.written(number, writer).tokens[name].ids for number in numbers]
+            self.model.fit_scales(name, self.model.read(name, ids))
 
     def _listened(self) -> dict[str, int]:
         alone = self.config.active == 1 and self.writer is not None
