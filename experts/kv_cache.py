@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from experts.errors import ExpertConfigError
 
-__all__ = ["SlotCache"]
+__all__ = ["AttentionMask", "SlotCache"]
 
 # Growing by blocks keeps reallocations rare; the unused part is masked, not computed twice.
 _BLOCK = 128

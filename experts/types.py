@@ -272,6 +272,8 @@ class Chunk:
         progress: What is being done, for whoever waits; no part of the answer.
         sources: What the answer was made from, ``[{id, title, path, score}]`` in the order of their
             numbers; on the last chunk of an answer.
+        peers: Whose states the one that writes reads, with their gates; on the first chunk of an
+            answer of a latent engine that was asked with peers, and again when that changes.
     """
 
     index: int = 0
@@ -282,6 +284,7 @@ class Chunk:
     usage: Usage | None = None
     progress: str | None = None
     sources: list[dict[str, Any]] | None = None
+    peers: dict[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -293,6 +296,7 @@ class Choice:
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
     sources: list[dict[str, Any]] | None = None
+    peers: dict[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -325,6 +329,8 @@ async def collect(chunks: AsyncIterable[Chunk]) -> Completion:
         choice.finish_reason = chunk.finish_reason or choice.finish_reason
         if chunk.sources is not None:
             choice.sources = chunk.sources
+        if chunk.peers is not None:
+            choice.peers = chunk.peers
         usage = chunk.usage or usage
     for index, choice in choices.items():
         choice.text = "".join(texts[index])

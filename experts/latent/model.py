@@ -156,7 +156,5 @@ class LatentModel(nn.Module):
         known = [t.states[name] for t in texts if t.states is not None]
         if len(known) < len(texts):
             known = self.read(name, [t.tokens[name].ids for t in texts])
-        padded = pad_sequence(
-            [states.transpose(0, 1) for states in known], batch_first=True
-        )
+        padded = pad_sequence([states.transpose(0, 1) for states in known], batch_first=True)
         return padded.permute(2, 0, 1, 3)
