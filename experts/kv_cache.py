@@ -125,6 +125,13 @@ class SlotCache(Cache):
                 for buffer in layer.buffers():
                     buffer[target, :, :length] = buffer[source, :, :length]
 
+    def clear(self, slot: int) -> None:
+        """Set a slot to zero."""
+        for layer in self._slots:
+            if layer.is_initialized:
+                for buffer in layer.buffers():
+                    buffer[slot] = 0
+
     def shrink(self, length: int) -> None:
         """Give back the memory beyond ``length`` tokens, if that is more than half of it."""
         wanted = -(-length // _BLOCK) * _BLOCK

@@ -105,11 +105,10 @@ class Lane:
         self.lengths: list[int] = []
         self.cache = SlotCache(self._config, self._n_slots, self._device)
 
-    def join(self, row: Row) -> int:
-        """Give a row a slot; return it."""
+    def join(self, row: Row) -> None:
+        """Give a row a slot."""
         self.rows.append(row)
         self.lengths.append(0)
-        return len(self.rows) - 1
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Free the slots of rows; the last row moves into each hole."""
