@@ -16,7 +16,7 @@ from deployments.preflight import (
     check_weights,
     needed_gib,
 )
-from experts.config import TransformersExpertConfig, VLLMExpertConfig
+from experts.config import LatentExpertConfig, TransformersExpertConfig, VLLMExpertConfig
 from orchestrator.config import CollegiumConfig, ConfigError, load_config
 
 __all__ = ["findings"]
@@ -72,9 +72,10 @@ def _installation() -> dict[str, Any]:
 def _needed_packages(config: CollegiumConfig) -> list[str]:
     engines = {entry.engine for entry in config.experts}
     names = ["ray", "pydantic", "onnxruntime"]
-    if "transformers" in engines or "vllm" in engines:
+    if engines & {"latent", "transformers", "vllm"}:
         names += ["torch", "transformers"]
-    if any(isinstance(entry, TransformersExpertConfig) for entry in config.experts):
+    local = TransformersExpertConfig | LatentExpertConfig
+    if any(isinstance(entry, local) for entry in config.experts):
         names.append("peft")
     if any(isinstance(entry, VLLMExpertConfig) for entry in config.experts):
         names.append("vllm")

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from deployments.batching import Batch, in_batches
 from experts.base import AnyRequest, Expert
 from experts.config import ExpertConfig
+from experts.errors import ExpertError
 
 __all__ = ["EngineServer"]
 
@@ -40,9 +41,15 @@ class EngineServer:
         await self._experts[expert].check_health()
 
     async def check_health(self) -> None:
-        """Ray Serve's own question; a replica that fails it is replaced."""
+        """Ray Serve's own question; a replica that fails it, with all experts, is replaced."""
+        failures = []
         for expert in self._watched:
-            await expert.check_health()
+            try:
+                return await expert.check_health()
+            except ExpertError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():

@@ -7,7 +7,12 @@ import os
 import socket
 from pathlib import Path
 
-from experts.config import RetrieverExpertConfig, TransformersExpertConfig, VLLMExpertConfig
+from experts.config import (
+    LatentExpertConfig,
+    RetrieverExpertConfig,
+    TransformersExpertConfig,
+    VLLMExpertConfig,
+)
 from experts.errors import ExpertConfigError
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from orchestrator.config import CollegiumConfig, ConfigError
@@ -18,7 +23,7 @@ __all__ = ["available_gib", "check_memory", "check_port", "check_weights", "need
 # measured with the embedded experts (2.3 GiB in all on transformers, 4.4 to 5.4 on vLLM, which
 # runs three processes), since a check that refuses what would work is worse than none.
 RAY_GIB = 1.2
-ENGINE_GIB = {"transformers": 0.8, "vllm": 2.7}
+ENGINE_GIB = {"latent": 0.8, "transformers": 0.8, "vllm": 2.7}
 BYTES_PER_PARAMETER = 2
 
 
@@ -52,6 +57,10 @@ def check_weights(config: CollegiumConfig) -> None:
     for entry in config.experts:
         if isinstance(entry, RetrieverExpertConfig):
             references = [entry.index]
+        elif isinstance(entry, LatentExpertConfig):
+            models = [reference for member in entry.members for reference in _local(member.model)]
+            adapters = [member.adapter for member in entry.members if member.adapter]
+            references = [entry.artefact, *models, *adapters]
         elif isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
             adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
             references = [*_local(entry.model), *adapters]
@@ -73,10 +82,12 @@ def needed_gib(config: CollegiumConfig) -> float:
     """A low estimate of the memory the service needs on this machine, in GiB."""
     total = RAY_GIB
     for entry in config.experts:
-        if isinstance(entry, TransformersExpertConfig) or (
+        if isinstance(entry, TransformersExpertConfig | LatentExpertConfig) or (
             isinstance(entry, VLLMExpertConfig) and entry.device == "cpu"
         ):
             billions = entry.total_params_b or 0.0
+            if isinstance(entry, LatentExpertConfig):
+                billions *= len(entry.members)
             total += ENGINE_GIB[entry.engine] + billions * 1e9 * BYTES_PER_PARAMETER / 2**30
     return total
 

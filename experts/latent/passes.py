@@ -419,8 +419,8 @@ class LatentPasses:
             [_prompt(row).gate for row in batch] + [0.0] * (n_rows - len(batch)), device=device
         )
         listens = torch.tensor([talk.listens for talk in talks], device=device)[:, None, None]
-        # Whole blocks while decoding, as in the caches: what neighbours remember rarely changes then
-        # the order of summation. A prompt is read alone.
+        # A prompt is read alone. Decoding takes whole blocks, as the caches do: what neighbours
+        # remember then rarely changes the order of summation.
         span = None if slots.start is None else starts[0] + positions.shape[1]
 
         def between(boundary: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -117,11 +117,18 @@ def _whole(model, tokenizers, writer, gates, ids, text=QUESTION) -> torch.Tensor
         {name: torch.tensor(gate) for name, gate in weights.items()},
     )
     with torch.inference_mode():
-        return model([given], last=[len(ids) + 1])[0]
+        logits: torch.Tensor = model([given], last=[len(ids) + 1])[0]
+    return logits
 
 
 def _ids(tokenizers, name: str, text: str = ANSWER) -> list[int]:
-    return tokenizers[name].piece(text)
+    ids: list[int] = tokenizers[name].piece(text)
+    return ids
+
+
+def _heard(row: Row) -> list[dict[str, float]]:
+    assert isinstance(row.sink, Sink)
+    return row.sink.heard
 
 
 @pytest.mark.parametrize(
@@ -143,5 +150,5 @@ def test_incremental_logits_are_those_of_the_whole_text(passes, model, tokenizer
     )
     alone = _row(_prompt(tokenizers, writer, {}))
     assert (_write(passes, {alone: ids})[alone] - found).abs().max() > 0.01
-    assert row.sink.heard == [gates]
-    assert alone.sink.heard == []
+    assert _heard(row) == [gates]
+    assert _heard(alone) == []
