@@ -40,7 +40,7 @@ _SIZE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, Any] = {
