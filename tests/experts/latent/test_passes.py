@@ -55,7 +55,7 @@ class Sink:
 def passes(members, tokenizers):
     # A model of its own, since experts may be taken out.
     return LatentPasses(
-        tiny.latent_model(members), tokenizers, dict.fromkeys(members, 512), max_rows=8
+        tiny.latent_model(members), tokenizers, dict.fromkeys(members, 2048), max_rows=8
     )
 
 
@@ -152,3 +152,213 @@ def test_incremental_logits_are_those_of_the_whole_text(passes, model, tokenizer
     assert (_write(passes, {alone: ids})[alone] - found).abs().max() > 0.01
     assert _heard(row) == [gates]
     assert _heard(alone) == []
+
+
+def test_prompts_longer_than_a_piece_are_read_like_in_one(passes, model, tokenizers):
+    gates, text = {"gemma3": 0.3, "qwen3": 0.3}, QUESTION * 25
+    ids = _ids(tokenizers, "llama")[:8]
+    prompt = _prompt(tokenizers, "llama", gates, text)
+    assert min(len(prompt.token_ids), len(prompt.peers["gemma3"].token_ids)) > PREFILL_TOKENS
+    found = _write(passes, {_row(prompt): ids})
+    expected = _whole(model, tokenizers, "llama", gates, ids, text)
+    torch.testing.assert_close(*found.values(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_get_what_they_get_alone(passes, tokenizers):
+    """Writers, peers and lengths of all kinds; fails without ``MIN_ROWS`` or ``torch.where``."""
+    routes: list[tuple[str, dict[str, float]]] = [
+        ("llama", {"qwen3": 0.4}),
+        ("llama", {}),
+        ("qwen3", {"llama": 0.2, "gemma3": 0.6}),
+        ("llama", {"qwen3": 0.1, "gemma3": 0.2}),
+        ("gemma3", {}),
+        ("llama", {"qwen3": 0.4}),
+    ]
+    texts = [ANSWER[:25], " hello fox", " 🎉 world", ANSWER[:9], ANSWER[15:25], " café"]
+    asked = [
+        (
+            _prompt(tokenizers, writer, gates, QUESTION * (number + 1)),
+            _ids(tokenizers, writer, text),
+        )
+        for number, ((writer, gates), text) in enumerate(zip(routes, texts, strict=True))
+    ]
+    alone = [_write(passes, {_row(prompt): ids}) for prompt, ids in asked]
+    for prompt, _ in asked:
+        prompt.logits = None
+    together = _write(passes, {_row(prompt): ids for prompt, ids in asked})
+    for one, found in zip(alone, together.values(), strict=True):
+        torch.testing.assert_close(*one.values(), found, atol=1e-5, rtol=1e-4)
+    assert not passes._talks
+    assert all(not lane.rows for lane in [*passes._writers.values(), *passes._readers.values()])
+
+
+def test_answers_to_one_prompt_share_what_was_read(passes, tokenizers, monkeypatch):
+    gates = {"gemma3": 0.4, "qwen3": 0.4}
+    prompt, other = (_prompt(tokenizers, "llama", gates) for _ in range(2))
+    texts = [_ids(tokenizers, "llama", text) for text in (ANSWER, " hello", " café 🎉")]
+    alone = _write(passes, {_row(other): texts[2]})
+    read = []
+    heard = LatentPasses._hear_piece
+    monkeypatch.setattr(
+        LatentPasses, "_hear_piece", lambda self, *args: (read.append(args), heard(self, *args))
+    )
+    # Rows that join while their twin writes.
+    first, second, third = (_row(prompt) for _ in range(3))
+    with torch.inference_mode():
+        passes.join(first)
+        _prefill(passes, first)
+        _feed(passes, first, texts[0][0])
+        passes.decode([first])
+    found = _write(passes, {second: texts[1], third: texts[2]})
+    assert len(read) == 2
+    torch.testing.assert_close(found[third], *alone.values(), atol=1e-5, rtol=1e-4)
+    assert _heard(third) == [gates]
+
+
+def _break(monkeypatch, model, name: str, what: str) -> None:
+    """Have an expert fail from now on."""
+    if what == "raises":
+
+        def read(**inputs: Any) -> Any:
+            raise RuntimeError("out of order")
+    else:
+        whole = model.members[name].read
+
+        def read(**inputs: Any) -> Any:
+            return [states * float("nan") for states in whole(**inputs)]
+
+    monkeypatch.setattr(model.members[name], "read", read)
+
+
+def _without(model, tokenizers, gates, ids, lost: str, after: int) -> torch.Tensor:
+    """Logits where a peer has been heard up to some token of the answer, then no more."""
+    read = _read(tokenizers, ["llama", *gates])
+    tokens = align(read, tokenizers, "llama", ids)
+    last = len(read["llama"].ids) + after
+    kept = sum(position < last for position in tokens[lost].seen_from)
+    del tokens[lost].ids[kept:], tokens[lost].seen_from[kept:]
+    weights = {"llama": 1.0 - sum(gates.values()), **gates}
+    if not tokens[lost].ids:
+        del tokens[lost], weights[lost]
+    text = LatentText("llama", tokens, {name: torch.tensor(w) for name, w in weights.items()})
+    with torch.inference_mode():
+        logits: torch.Tensor = model([text], last=[len(ids) + 1])[0]
+    return logits
+
+
+@pytest.mark.parametrize("what", ["raises", "nan", "dropped"])
+@pytest.mark.parametrize("lost", ["qwen3", "gemma3"])
+def test_peer_that_fails_is_left_out_and_what_it_said_stays(
+    passes, model, tokenizers, monkeypatch, caplog, lost, what
+):
+    """Fails if ``_leave_out`` lets the exception through, or forgets what is remembered."""
+    gates = {"gemma3": 0.4, "qwen3": 0.4}
+    ids, after = _ids(tokenizers, "llama")[:14], 6
+    row = _row(_prompt(tokenizers, "llama", gates))
+    with torch.inference_mode():
+        passes.join(row)
+        logits = [_prefill(passes, row)]
+        for number, token in enumerate(ids):
+            if number == after:
+                if what == "dropped":
+                    passes.drop(lost)
+                else:
+                    _break(monkeypatch, passes._model, lost, what)
+            _feed(passes, row, token)
+            logits.append(passes.decode([row])[row])
+    monkeypatch.undo()
+    expected = _without(model, tokenizers, gates, ids, lost, after)
+    torch.testing.assert_close(torch.stack(logits), expected, atol=1e-4, rtol=1e-4)
+    remaining = {name: gate for name, gate in gates.items() if name != lost}
+    assert _heard(row) == [gates, remaining]
+    assert f"goes on without its peer {lost!r}" in caplog.text
+    passes.leave([row])
+
+
+@pytest.mark.parametrize("what", ["raises", "nan"])
+def test_peer_that_fails_on_the_prompt_is_left_out(
+    passes, model, tokenizers, monkeypatch, caplog, what
+):
+    gates = {"gemma3": 0.4, "qwen3": 0.4}
+    ids = _ids(tokenizers, "llama")[:5]
+    with monkeypatch.context() as patch:
+        _break(patch, passes._model, "qwen3", what)
+        prompt = _prompt(tokenizers, "llama", gates)
+        first, second = _row(prompt), _row(prompt)
+        found = _write(passes, {first: ids, second: ids})
+    expected = _without(model, tokenizers, gates, ids, "qwen3", -(10**6))
+    for row in (first, second):
+        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+        assert _heard(row) == [{"gemma3": 0.4}]
+    # Whoever gets its place later is not harmed.
+    later = _row(_prompt(tokenizers, "llama", gates))
+    torch.testing.assert_close(
+        _write(passes, {later: ids})[later],
+        _whole(model, tokenizers, "llama", gates, ids),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_place_of_a_row_with_broken_states_is_clean_for_the_next(
+    passes, model, tokenizers, monkeypatch
+):
+    """Fails without ``clear`` in ``_leave_out``: what is masked counts zero times, and zero times
+    no number is no number."""
+    gates, ids = {"qwen3": 0.5}, _ids(tokenizers, "llama")
+    stays, leaves = (_row(_prompt(tokenizers, "llama", gates)) for _ in range(2))
+    whole = passes._model.members["qwen3"].read
+
+    def read(**inputs: Any) -> Any:
+        # Keys and values in the last slot are broken, as if its states were.
+        found = whole(**inputs)
+        for layer in inputs["past_key_values"]._slots:
+            for buffer in layer.buffers():
+                buffer[1, :, 3] = float("nan")
+        return [states.index_fill(0, torch.tensor([1]), float("nan")) for states in found]
+
+    with torch.inference_mode():
+        for row in (stays, leaves):
+            passes.join(row)
+            _prefill(passes, row)
+            _feed(passes, row, ids[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(passes._model.members["qwen3"], "read", read)
+            passes.decode([stays, leaves])
+        assert _heard(leaves) == [gates, {}]
+        assert _heard(stays) == [gates]
+        later = _row(_prompt(tokenizers, "llama", gates, "hello"))
+    found = _write(passes, {later: ids[:3]})[later]
+    expected = _whole(model, tokenizers, "llama", gates, ids[:3], "hello")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_writer_that_fails_fails_its_own_rows_alone(passes, model, tokenizers, monkeypatch):
+    gates, ids = {"llama": 0.5}, _ids(tokenizers, "qwen3")
+    own, other = (
+        _row(_prompt(tokenizers, "llama", {"qwen3": 0.5})),
+        _row(_prompt(tokenizers, "qwen3", gates)),
+    )
+
+    def forward(**inputs: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    with torch.inference_mode():
+        for row in (own, other):
+            passes.join(row)
+            _prefill(passes, row)
+            _feed(passes, row, ids[0])
+        monkeypatch.setattr(passes._model.members["llama"].model, "forward", forward)
+        found = passes.decode([own, other])
+        assert isinstance(found[own], RuntimeError)
+        expected = _whole(model, tokenizers, "qwen3", gates, ids[:1])[-1]
+        torch.testing.assert_close(found[other], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_peer_whose_context_is_full_is_left_out(members, tokenizers):
+    prompt = _prompt(tokenizers, "llama", {"gemma3": 0.5})
+    limits = {**dict.fromkeys(members, 512), "gemma3": len(prompt.peers["gemma3"].token_ids) + 5}
+    passes = LatentPasses(tiny.latent_model(members), tokenizers, limits, max_rows=4)
+    row = _row(prompt)
+    _write(passes, {row: _ids(tokenizers, "llama")})
+    assert _heard(row) == [{"gemma3": 0.5}, {}]
