@@ -186,8 +186,9 @@ async def test_expert_without_peers_does_no_others_work(shared, monkeypatch):
 
     for cls, name in ((Interaction, "note"), (StackedModel, "read"), (StackedModel, "listening")):
         monkeypatch.setattr(cls, name, fail)
-    for fields in ({}, {"peers": None}, {"peers": {}}):
-        answer = await _ask(shared.experts()["general"], **fields)
+    nobody: list[dict[str, float] | None] = [None, {}]
+    for peers in nobody:
+        answer = await _ask(shared.experts()["general"], peers=peers)
         assert answer.usage.completion_tokens == 6
         assert answer.choices[0].peers is None
 
@@ -219,7 +220,7 @@ async def test_dropped_expert_is_missed_by_nobody(engine):
 
     async def watch(expert: Any, **fields: Any) -> Any:
         async def seen() -> Any:
-            async for chunk in expert.stream(_chat(max_tokens=150, **fields), timeout_s=60):
+            async for chunk in expert.stream(_chat(max_tokens=60, **fields), timeout_s=60):
                 began.set()
                 yield chunk
 
@@ -228,11 +229,11 @@ async def test_dropped_expert_is_missed_by_nobody(engine):
     listening = [asyncio.create_task(watch(experts["general"], peers=peers)) for _ in range(4)]
     writing = asyncio.create_task(watch(experts["maths"], peers={"general": 0.5}))
     # One more than there are places: it has not begun when its writer goes.
-    waiting = [asyncio.create_task(_ask(experts["maths"], max_tokens=150)) for _ in range(5)]
+    waiting = [asyncio.create_task(_ask(experts["maths"], max_tokens=60)) for _ in range(5)]
     await began.wait()
     await asyncio.to_thread(engine.drop, "maths")
     for answer in await asyncio.gather(*listening):
-        assert answer.usage.completion_tokens == 150
+        assert answer.usage.completion_tokens == 60
         assert answer.choices[0].peers == {"other": 0.3}
     for failed in await asyncio.gather(writing, *waiting, return_exceptions=True):
         assert isinstance(failed, errors.ExpertUnavailableError)
