@@ -317,9 +317,9 @@ class RetrieverExpertConfig(_Strict):
 ExpertConfig = Annotated[
     VLLMExpertConfig
     | TransformersExpertConfig
-    | LatentExpertConfig
     | OpenAIExpertConfig
     | ScriptedExpertConfig
+    | LatentExpertConfig
     | RetrieverExpertConfig,
     Field(discriminator="engine"),
 ]

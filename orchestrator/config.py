@@ -251,8 +251,9 @@ class CollegiumConfig(StrictModel):
             except ValidationError as error:
                 lines = "; ".join(validation_lines(error))
                 raise ValueError(f"expert {entry.name!r}: {lines}") from None
-            # Members of a latent engine have names of their own, beside that of its deployment.
-            for name in dict.fromkeys([entry.name, *names]):
+            if entry.name not in names:  # that of a latent engine names its deployment
+                names.append(entry.name)
+            for name in names:
                 if name in seen:
                     raise ValueError(f"expert {name!r} is defined twice; names must differ")
                 seen.add(name)

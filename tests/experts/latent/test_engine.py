@@ -378,3 +378,16 @@ def test_name_of_the_entry_is_no_expert_and_belongs_to_it_alone(home, tmp_path):
     for name in ("thoughts", "maths"):
         with pytest.raises(Exception, match=f"{name!r} is defined twice"):
             parse_config({"experts": [entry, {"name": name, "engine": "scripted"}]})
+    twice = {**entry, "members": [entry["members"][0]] * 2}
+    with pytest.raises(Exception, match="'general' is defined twice"):
+        parse_config({"experts": [twice]})
+
+
+def test_relative_artefact_is_looked_for_beside_the_config(home):
+    from orchestrator.config import load_config
+
+    entry = _config(home, artefact="artefact").model_dump(mode="json")
+    (home / "config.yaml").write_text(json.dumps({"experts": [entry]}))
+    found = load_config(home / "config.yaml").experts[0]
+    assert isinstance(found, LatentExpertConfig)
+    assert found.artefact == str(home / "artefact")
