@@ -3,7 +3,7 @@
 transformers' own caches keep one length for the whole batch, so rows that join late need left
 padding, and what a row computes then depends on its neighbours' lengths. Here every row starts at
 position 0 of its slot and writes at its own position; what lies beyond is masked. Joining, leaving
-and copying a row touch no other row. Imports torch: loaded by the transformers engine only.
+and copying a row touch no other row. Imports torch: loaded by engines that decode in process only.
 """
 
 from __future__ import annotations
