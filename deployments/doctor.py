@@ -14,10 +14,9 @@ from deployments.preflight import (
     check_memory,
     check_port,
     check_weights,
-    members_of,
     needed_gib,
 )
-from experts.config import TransformersExpertConfig, VLLMExpertConfig
+from experts.config import LatentExpertConfig, TransformersExpertConfig, VLLMExpertConfig
 from orchestrator.config import CollegiumConfig, ConfigError, load_config
 
 __all__ = ["findings"]
@@ -75,9 +74,8 @@ def _needed_packages(config: CollegiumConfig) -> list[str]:
     names = ["ray", "pydantic", "onnxruntime"]
     if engines & {"transformers", "vllm", "latent"}:
         names += ["torch", "transformers"]
-    members = [member for entry in config.experts for member in members_of(entry)]
-    adapted = any(member.adapter for member in members)
-    if adapted or any(isinstance(entry, TransformersExpertConfig) for entry in config.experts):
+    local = TransformersExpertConfig | LatentExpertConfig
+    if any(isinstance(entry, local) for entry in config.experts):
         names.append("peft")
     if any(isinstance(entry, VLLMExpertConfig) for entry in config.experts):
         names.append("vllm")

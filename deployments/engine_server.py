@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from deployments.batching import Batch, in_batches
 from experts.base import AnyRequest, Expert
 from experts.config import ExpertConfig
-from experts.errors import ExpertConfigError
+from experts.errors import ExpertConfigError, ExpertError
 
 __all__ = ["EngineServer"]
 
@@ -50,7 +50,7 @@ class EngineServer:
         for expert in self._watched:
             try:
                 return await expert.check_health()
-            except Exception as error:
+            except ExpertError as error:
                 failure = failure or error
         if failure is not None:
             raise failure

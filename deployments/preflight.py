@@ -8,13 +8,12 @@ import socket
 from pathlib import Path
 
 from experts.config import (
-    ExpertConfig,
+    LatentExpertConfig,
     RetrieverExpertConfig,
     TransformersExpertConfig,
     VLLMExpertConfig,
 )
 from experts.errors import ExpertConfigError
-from experts.latent.config import MemberConfig
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from orchestrator.config import CollegiumConfig, ConfigError
 
@@ -23,7 +22,6 @@ __all__ = [
     "check_memory",
     "check_port",
     "check_weights",
-    "members_of",
     "needed_gib",
 ]
 
@@ -31,7 +29,7 @@ __all__ = [
 # measured with the embedded experts (2.3 GiB in all on transformers, 4.4 to 5.4 on vLLM, which
 # runs three processes), since a check that refuses what would work is worse than none.
 RAY_GIB = 1.2
-ENGINE_GIB = {"transformers": 0.8, "latent": 0.8, "vllm": 2.7}
+ENGINE_GIB = {"latent": 0.8, "transformers": 0.8, "vllm": 2.7}
 BYTES_PER_PARAMETER = 2
 
 
@@ -56,12 +54,6 @@ def check_port(setting: str, host: str, port: int) -> None:
             raise ConfigError(f"{setting}: port {port} on {host} {reason}") from error
 
 
-def members_of(entry: ExpertConfig) -> tuple[MemberConfig, ...]:
-    """The experts that a latent engine hosts together; of other engines none."""
-    members: tuple[MemberConfig, ...] = getattr(entry, "members", ())
-    return members
-
-
 def check_weights(config: CollegiumConfig) -> None:
     """Make sure that local weights, adapters and indexes exist; hubs are not asked.
 
@@ -71,13 +63,13 @@ def check_weights(config: CollegiumConfig) -> None:
     for entry in config.experts:
         if isinstance(entry, RetrieverExpertConfig):
             references = [entry.index]
+        elif isinstance(entry, LatentExpertConfig):
+            models = [reference for member in entry.members for reference in _local(member.model)]
+            adapters = [member.adapter for member in entry.members if member.adapter]
+            references = [entry.artefact, *models, *adapters]
         elif isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
             adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
             references = [*_local(entry.model), *adapters]
-        elif members := members_of(entry):
-            adapters = [member.adapter for member in members if member.adapter is not None]
-            models = [path for member in members for path in _local(member.model)]
-            references = [getattr(entry, "artefact", ""), *models, *adapters]
         else:
             continue
         for reference in references:
@@ -101,20 +93,20 @@ def needed_gib(config: CollegiumConfig) -> float:
         ):
             billions = entry.total_params_b or 0.0
             total += ENGINE_GIB[entry.engine] + billions * 1e9 * BYTES_PER_PARAMETER / 2**30
-        elif members_of(entry):
+        elif isinstance(entry, LatentExpertConfig):
             total += ENGINE_GIB["latent"] + _members_gib(entry)
     return total
 
 
-def _members_gib(entry: ExpertConfig) -> float:
+def _members_gib(entry: LatentExpertConfig) -> float:
     """Weights of a latent engine's members on this machine; of those on a hub nothing is known."""
-    if getattr(entry, "device", "cpu") != "cpu":
+    if entry.device != "cpu":
         return 0.0
     from experts.latent.members import needed_bytes
 
-    local = [member for member in members_of(entry) if _local(member.model)]
+    local = [member for member in entry.members if _local(member.model)]
     try:
-        return sum(needed_bytes(local, getattr(entry, "dtype", "bfloat16")).values()) / 2**30
+        return sum(needed_bytes(local, entry.dtype).values()) / 2**30
     except ExpertConfigError:
         return 0.0  # who loads them says what is wrong with them
 

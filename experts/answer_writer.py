@@ -6,7 +6,8 @@ Lives in the decode thread and hands chunks to an asyncio queue. Knows no model.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from experts.streaming_text import StopFilter, TokenText
@@ -52,6 +53,7 @@ class AnswerWriter:
         self._chat_logprobs = chat_logprobs
         self._drawn: list[Drawn] = []
         self._offset = 0
+        self._peers: dict[str, float] | None = None
 
     def token(self, drawn: Drawn, finish_reason: str | None) -> bool:
         """Take a token; return whether a stop text ended the answer."""
@@ -66,12 +68,21 @@ class AnswerWriter:
         if self._stops.stopped:
             finish_reason = "stop"
         if text or finish_reason:
-            self._send(Chunk(self._index, text, None, finish_reason, self._logprobs()))
+            peers, self._peers = self._peers, None
+            chunk = Chunk(
+                self._index, text, None, finish_reason, logprobs=self._logprobs(), peers=peers
+            )
+            self._send(chunk)
         return self._stops.stopped
+
+    def listens_to(self, peers: Mapping[str, float]) -> None:
+        """Say with the next chunk whom the answer's writer listens to."""
+        self._peers = dict(peers)
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""
-        self._send(error)
+        with suppress(RuntimeError):
+            self._send(error)
 
     def _send(self, piece: Piece) -> None:
         # Raises RuntimeError if the loop is closed: nobody reads this answer, so the row may go.

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from experts.latent.config import MemberConfig
 from experts.types import Capability, ExpertCard
 
 __all__ = [
     "AdapterConfig",
     "DeploymentConfig",
     "ExpertConfig",
+    "LatentExpertConfig",
     "OpenAIExpertConfig",
     "RetrieverExpertConfig",
     "ScriptRule",
@@ -140,6 +142,32 @@ class TransformersExpertConfig(_ExpertBase):
     """A torch device, such as ``cpu`` or ``cuda:0``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of weights and activations; float32 is the exact reference."""
+    max_batch_size: int = Field(default=16, ge=1)
+    """Answers decoded together; more wait for a free place, not for a whole batch."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the engine; none leaves torch's default."""
+
+
+class LatentExpertConfig(_ExpertBase):
+    """Several models in one process that read each other's hidden states while one of them writes.
+
+    Its name names the deployment and is no expert; each member is one. Sizes, prices and limits
+    hold for every member.
+    """
+
+    engine: Literal["latent"]
+    """Which engine answers."""
+    deployment: DeploymentConfig = DeploymentConfig()
+    """How Ray Serve hosts its engine."""
+    artefact: str = Field(min_length=1)
+    """Folder that ``collegium train latent`` wrote: a path, relative ones to the config file, or
+    ``package:NAME/FOLDER``."""
+    members: tuple[MemberConfig, ...] = Field(min_length=1)
+    """The experts: those that the artefact was trained for."""
+    device: str = "cpu"
+    """A torch device, such as ``cpu`` or ``cuda:0``."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the members' weights and activations; float32 is the exact reference."""
     max_batch_size: int = Field(default=16, ge=1)
     """Answers decoded together; more wait for a free place, not for a whole batch."""
     threads: int | None = Field(default=None, ge=1)
@@ -294,6 +322,7 @@ ExpertConfig = Annotated[
     | TransformersExpertConfig
     | OpenAIExpertConfig
     | ScriptedExpertConfig
+    | LatentExpertConfig
     | RetrieverExpertConfig,
     Field(discriminator="engine"),
 ]
@@ -301,6 +330,7 @@ ExpertConfig = Annotated[
 _CAPABILITIES: dict[str, frozenset[Capability]] = {
     "vllm": frozenset({"chat", "completion", "json_schema", "choice", "logprobs"}),
     "transformers": frozenset({"chat", "completion", "json_schema", "choice", "logprobs"}),
+    "latent": frozenset({"chat", "completion", "json_schema", "choice", "logprobs"}),
     "openai": frozenset({"chat", "completion", "json_schema", "logprobs", "tools"}),
     "scripted": frozenset({"chat", "completion", "json_schema", "logprobs", "tools"}),
 }
@@ -310,7 +340,7 @@ def cards_of(config: ExpertConfig) -> list[ExpertCard]:
     """The cards of all experts one config entry gives: the model's own, then its adapters'.
 
     A vLLM model also offers ``tools`` if its engine arguments name a ``tool_call_parser``. A
-    retriever's card needs its reader's: see ``all_cards``.
+    retriever's card needs its reader's: see ``all_cards``. Of a latent engine each member has one.
     """
     if isinstance(config, RetrieverExpertConfig):
         return [retriever_card(config, None)]
@@ -332,6 +362,18 @@ def cards_of(config: ExpertConfig) -> list[ExpertCard]:
         energy_j=config.energy_j,
         base_model=getattr(config, "model", None),
     )
+    if isinstance(config, LatentExpertConfig):
+        return [
+            base.model_copy(
+                update={
+                    "name": member.name,
+                    "description": member.description,
+                    "base_model": member.model,
+                    "adapter": member.adapter,
+                }
+            )
+            for member in config.members
+        ]
     adapters: tuple[AdapterConfig, ...] = getattr(config, "adapters", ())
     return [
         base,

@@ -3,7 +3,7 @@
 transformers' own caches keep one length for the whole batch, so rows that join late need left
 padding, and what a row computes then depends on its neighbours' lengths. Here every row starts at
 position 0 of its slot and writes at its own position; what lies beyond is masked. Joining, leaving
-and copying a row touch no other row. Imports torch: loaded by the transformers engine only.
+and copying a row touch no other row. Imports torch: loaded by engines that decode in process only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from experts.errors import ExpertConfigError
 
-__all__ = ["SlotCache"]
+__all__ = ["AttentionMask", "SlotCache"]
 
 # Growing by blocks keeps reallocations rare; the unused part is masked, not computed twice.
 _BLOCK = 128
@@ -124,6 +124,13 @@ class SlotCache(Cache):
             if layer.is_initialized:
                 for buffer in layer.buffers():
                     buffer[target, :, :length] = buffer[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Set a slot to zero."""
+        for layer in self._slots:
+            if layer.is_initialized:
+                for buffer in layer.buffers():
+                    buffer[slot] = 0
 
     def shrink(self, length: int) -> None:
         """Give back the memory beyond ``length`` tokens, if that is more than half of it."""

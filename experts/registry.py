@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ENGINES", "experts_of", "open_engine", "open_experts", "open_retrievers"]
 
 ENGINES = {
+    "latent": "experts.latent.engine:LatentEngine",
     "openai": "experts.openai_engine:OpenAIExpert",
     "scripted": "experts.scripted:ScriptedExpert",
     "transformers": "experts.transformers_engine:TransformersEngine",
@@ -27,7 +28,8 @@ def open_experts(config: ExpertConfig) -> dict[str, Expert]:
     """Open all experts of one config entry.
 
     Returns:
-        Expert by name: the entry's own, then its adapters'. Close each when done.
+        Expert by name: the entry's own, then its adapters'; of a latent engine its members'. Close
+        each when done.
 
     Raises:
         ExpertConfigError: The engine cannot run in process, or its setup is wrong.

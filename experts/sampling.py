@@ -1,7 +1,7 @@
 """Choosing one token of one row: temperature, nucleus, penalties, seed, log-probabilities.
 
 Works on one row at a time with the row's own random generator, so that what a row draws never
-depends on what else is in the batch. Imports torch: loaded by the transformers engine only.
+depends on what else is in the batch. Imports torch: loaded by engines that decode in process only.
 """
 
 from __future__ import annotations

@@ -296,6 +296,7 @@ class Choice:
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
     sources: list[dict[str, Any]] | None = None
+    peers: dict[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -328,6 +329,8 @@ async def collect(chunks: AsyncIterable[Chunk]) -> Completion:
         choice.finish_reason = chunk.finish_reason or choice.finish_reason
         if chunk.sources is not None:
             choice.sources = chunk.sources
+        if chunk.peers is not None:
+            choice.peers = chunk.peers
         usage = chunk.usage or usage
     for index, choice in choices.items():
         choice.text = "".join(texts[index])

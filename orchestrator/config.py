@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from pydantic import (
 from experts.config import (
     EnvironmentName,
     ExpertConfig,
+    LatentExpertConfig,
     RetrieverExpertConfig,
     all_cards,
     cards_of,
@@ -255,6 +256,8 @@ class CollegiumConfig(StrictModel):
             except ValidationError as error:
                 lines = "; ".join(validation_lines(error))
                 raise ValueError(f"expert {entry.name!r}: {lines}") from None
+            if entry.name not in names:  # that of a latent engine names its deployment
+                names.append(entry.name)
             for name in names:
                 if name in seen:
                     raise ValueError(f"expert {name!r} is defined twice; names must differ")
@@ -533,16 +536,14 @@ def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:
     memory = config.memory
     if isinstance(memory, SQLiteMemoryConfig) and memory.path:
         memory = memory.model_copy(update={"path": absolute(memory.path)})
-    experts = tuple(
-        entry.model_copy(update={"index": absolute(entry.index)})
-        if isinstance(entry, RetrieverExpertConfig) and ":" not in entry.index
-        else entry
-        for entry in config.experts
-    )
-    experts = tuple(
-        entry.model_copy(update={"artefact": absolute(artefact)})
-        if (artefact := getattr(entry, "artefact", None)) and ":" not in artefact
-        else entry
-        for entry in experts
-    )
+    experts = tuple(_with_absolute_folder(entry, absolute) for entry in config.experts)
     return config.model_copy(update={"routers": routers, "experts": experts, "memory": memory})
+
+
+def _with_absolute_folder(entry: ExpertConfig, absolute: Callable[[str], str]) -> ExpertConfig:
+    """An expert whose index or artefact, if it has one, is found from anywhere."""
+    if isinstance(entry, RetrieverExpertConfig) and ":" not in entry.index:
+        return entry.model_copy(update={"index": absolute(entry.index)})
+    if isinstance(entry, LatentExpertConfig) and ":" not in entry.artefact:
+        return entry.model_copy(update={"artefact": absolute(entry.artefact)})
+    return entry

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -86,12 +87,16 @@ class MemberTokenizer:
 
     def equals(self, other: MemberTokenizer) -> bool:
         """Whether both give the same tokens for every text."""
-        ours, theirs = (one.tokenizer.backend_tokenizer.to_str() for one in (self, other))
-        return bool(ours == theirs)
+        return self._described == other._described
 
-    def chat(self, messages: Sequence[Message]) -> PromptTokens:
-        """A conversation, up to where the assistant begins."""
-        rendered = self._reader.render(messages)
+    def chat(self, messages: Sequence[Message], **options: Any) -> PromptTokens:
+        """A conversation, up to where the assistant begins.
+
+        Args:
+            messages: The conversation.
+            options: Passed to the chat template.
+        """
+        rendered = self._reader.render(messages, **options)
         return self._located(rendered, [message.text for message in messages], special=False)
 
     def text(self, text: str) -> PromptTokens:
@@ -113,6 +118,11 @@ class MemberTokenizer:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    @cached_property
+    def _described(self) -> str:
+        described: str = self.tokenizer.backend_tokenizer.to_str()
+        return described
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

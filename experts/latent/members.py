@@ -49,8 +49,16 @@ def member_revision(config: MemberConfig) -> str:
     return f"{base}+{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
-def needed_bytes(configs: Sequence[MemberConfig], dtype: str) -> dict[str, int]:
-    """Memory that each expert's weights take, by name, found without loading them."""
+def needed_bytes(
+    configs: Sequence[MemberConfig], dtype: str, cached_tokens: int = 0
+) -> dict[str, int]:
+    """Memory that each expert's weights and caches take, by name, found without loading them.
+
+    Args:
+        configs: The experts.
+        dtype: Number format of weights and caches.
+        cached_tokens: Tokens that each keeps keys and values of.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,19 +73,41 @@ def needed_bytes(configs: Sequence[MemberConfig], dtype: str) -> dict[str, int]:
                 model = AutoModelForCausalLM.from_config(described)
         except (OSError, ValueError) as error:
             raise _cannot_load(config, error) from error
-        found[config.name] = size * sum(p.numel() for p in model.parameters())
+        weights = sum(p.numel() for p in model.parameters())
+        found[config.name] = size * (weights + cached_tokens * _cached_numbers(described))
     return found
 
 
+def _cached_numbers(described: Any) -> int:
+    """How many numbers a model's cache holds per token."""
+    config = described.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None)
+    head_size = head_size or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_size)
+
+
 def load_members(
-    configs: Sequence[MemberConfig], *, n_stacks: int, dtype: str, device: str
+    configs: Sequence[MemberConfig],
+    *,
+    n_stacks: int,
+    dtype: str,
+    device: str,
+    cached_tokens: int = 0,
 ) -> dict[str, Member]:
     """Load experts, frozen, by name; each with weights of its own.
+
+    Args:
+        configs: The experts.
+        n_stacks: Into how many stacks each is cut.
+        dtype: Number format of weights and activations.
+        device: Where they compute.
+        cached_tokens: Tokens that each will keep keys and values of, for the memory check.
 
     Raises:
         ExpertConfigError: One is missing, cannot be cut, or all together do not fit into memory.
     """
-    _check_memory(needed_bytes(configs, dtype), device)
+    _check_memory(needed_bytes(configs, dtype, cached_tokens), device)
     return {config.name: _load(config, n_stacks, dtype, device) for config in configs}
 
 
@@ -144,17 +174,21 @@ def _check_memory(needed: Mapping[str, int], device: str) -> None:
     if total > free:
         each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
         raise ExpertConfigError(
-            f"the weights of {len(needed)} experts take {total / GIB:.2f} GiB ({each}), but only "
+            f"{len(needed)} experts take {total / GIB:.2f} GiB ({each}), but only "
             f"{free / GIB:.2f} GiB of {device} are free; host fewer or smaller experts together, "
-            "or a smaller dtype"
+            "with a smaller dtype or max_batch_size"
         )
 
 
 def _free_bytes(device: str) -> int:
+    import psutil
     import torch
 
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    import psutil
+    try:
+        if torch.device(device).type == "cuda":
+            return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExpertConfigError(f"device {device!r} cannot be used ({reason})") from error
 
     return int(psutil.virtual_memory().available)

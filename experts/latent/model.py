@@ -1,6 +1,6 @@
 """Frozen experts and what is learnt between them, over whole texts: for training and for checks.
 
-Serving goes token by token (``experts.latent.decoding``) and gives the same logits. Imports torch.
+Serving goes token by token (``experts.latent.passes``) and gives the same logits. Imports torch.
 """
 
 from __future__ import annotations

@@ -39,7 +39,6 @@ class StateStore:
         model: The experts.
         members: The same, with the revisions of their weights.
         kind: Where states are kept.
-        shallow: Experts of which nobody needs more than the first boundary.
 
     Raises:
         RouterError: They shall be kept on disk, but an expert's weights have no revision.
@@ -50,9 +49,8 @@ class StateStore:
         model: LatentModel,
         members: Mapping[str, Member],
         kind: Literal["memory", "disk"],
-        shallow: Iterable[str] = (),
     ) -> None:
-        self._model, self._kind, self._shallow = model, kind, frozenset(shallow)
+        self._model, self._kind = model, kind
         self._spaces = {name: _space(name, member, kind) for name, member in members.items()}
         self._known: dict[str, torch.Tensor] = {}
         self._files: dict[str, Any] = {}
@@ -82,17 +80,15 @@ class StateStore:
         ) as bar:
             for keys in _batches(missing):
                 name = missing[keys[0]][0]
-                depth = 1 if name in self._shallow else None
                 states = self._model.read(name, [missing[key][1] for key in keys])
                 # Copies, since parts of a batch would keep all of it.
-                found = [one[:depth].cpu().clone() for one in states]
+                found = [one.cpu().clone() for one in states]
                 self._keep(self._spaces[name], dict(zip(keys, found, strict=True)))
                 bar.update(sum(len(missing[key][1]) for key in keys))
 
     def _key(self, name: str, ids: tuple[int, ...]) -> str:
         digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-        depth = "-first" if name in self._shallow else ""
-        return f"{self._spaces[name]}/{digest}{depth}"
+        return f"{self._spaces[name]}/{digest}"
 
     def _keep(self, space: str, states: dict[str, torch.Tensor]) -> None:
         if self._kind == "memory":

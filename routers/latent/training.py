@@ -285,7 +285,6 @@ class _Training:
             learning_rate=config.learning_rate * config.router_learning_rate_factor,
         )  # fmt: skip
         self.network = self.router.network(len(self.names)) if config.has_router else None
-        self._fit_scales(learnt[:SCALE_TEXTS])
         self.learnt = torch.nn.ModuleDict({"interactions": self.model.interactions})
         self.n_router_parameters = 0
         if self.network is not None:
@@ -303,6 +302,7 @@ class _Training:
         self.plan = [[learnt[place] for place in batch] for batch in plan]
         self.checked = sorted(checked, key=reader.length)
         self.store = self._store()
+        self._fit_scales(learnt[:SCALE_TEXTS])
         self.step, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0
         self.history: list[tuple[int, float]] = []
         self.before: list[dict[str, Any]] = []
@@ -315,9 +315,17 @@ class _Training:
         if not len(self.model.interactions):
             return
         writer = self.names[self.writer or 0]
-        for name in self.names:
-            ids = [self.reader.written(number, writer).tokens[name].ids for number in numbers]
-            self.model.fit_scales(name, self.model.read(name, ids))
+        alone = self.config.active == 1
+        for name in [writer] if alone and self.writer is not None else self.names:
+            ids = [
+                self.reader.written(n, name if alone else writer).tokens[name].ids for n in numbers
+            ]
+            if self.store is None:
+                states = self.model.read(name, ids)
+            else:
+                self.store.prepare((name, tuple(one)) for one in ids)
+                states = [self.store.get(name, one) for one in ids]
+            self.model.fit_scales(name, states)
 
     def _listened(self) -> dict[str, int]:
         alone = self.config.active == 1 and self.writer is not None
@@ -338,10 +346,7 @@ class _Training:
         kind = self.config.cache
         if kind == "none" or self.config.n_stacks == 1:
             return None
-        shallow = []
-        if self.writer is not None and self.config.peers != "same":
-            shallow = [self.names[self.writer]]
-        store = StateStore(self.model, self.members, kind, shallow)
+        store = StateStore(self.model, self.members, kind)
         store.prepare(self._wanted())
         return store
 
