@@ -344,7 +344,6 @@ def test_kept_states_are_those_of_a_pass(make, members):
     tokens = {name: written.tokens[name] for name in ("writer", "sage")}
     gates = dict.fromkeys(tokens, half)
     states = {name: training.store.get(name, tokens[name].ids) for name in tokens}
-    assert len(states["writer"]) == 1  # nobody listens to what it thinks later
     assert len(states["sage"]) == 2
     with torch.no_grad():
         for parameter in training.model.parameters():
