@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from experts.errors import ExpertConfigError
 from experts.latent.alignment import AlignedTokens, align
+from experts.latent.interaction import Scale
 from experts.latent.model import LatentText
 from experts.latent.stacks import StackedModel
 from experts.types import Message
@@ -189,3 +190,17 @@ def test_layers_that_take_more_than_the_states_before_are_refused():
         layer.register_forward_pre_hook(count(number))
     with pytest.raises(ExpertConfigError, match="cannot be cut into stacks"):
         StackedModel("odd", model, 3).check()
+
+
+def test_scales_show_what_differs_between_texts():
+    scale = Scale(8)
+    constant = torch.tensor([100.0, 0, 0, 0, 0, 0, 0, 0])
+    texts = constant + torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    scale.fit(texts)
+    found = scale(texts)
+    torch.testing.assert_close(found.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.std(0)[1:], torch.ones(7), atol=0.05, rtol=0)
+    step = scale.back(torch.eye(8)[3])
+    assert 0.5 < step[3] < 2
+    assert torch.equal(scale.back(torch.zeros(8)), torch.zeros(8))
+    assert scale(1e6 * torch.eye(8)).abs().max() <= 8
