@@ -28,6 +28,8 @@ class LatentTrainingConfig(BaseModel):
     """JSONL file of {"prompt", "answer"} objects."""
     validation: Annotated[float, Field(gt=0, lt=1)] | Path = 0.1
     """What tells when to stop: another such file, or the share of the prompts that is held out."""
+    test: Path | None = None
+    """A third such file, measured before training and with what was kept; it decides nothing."""
     table: Path | None = None
     """Outcome table whose models are the members; the router learns from its training rows."""
     writer: str | None = None
@@ -162,6 +164,10 @@ class LatentTrainingManifest(BaseModel):
     """Held-out loss per answer token before training: of the writer alone."""
     loss: float
     """Held-out loss per answer token of what was kept."""
+    test_loss_before: float | None
+    """The same of the test pairs before training; none without any."""
+    test_loss: float | None
+    """The same of the test pairs with what was kept."""
     history: list[tuple[int, float]]
     """Held-out loss after some steps."""
     tokens: int

@@ -38,12 +38,12 @@ from routers.torch_training import masked_bce
 
 __all__ = ["train_latent", "without_peers"]
 
-HELD_OUT, ROUTER = "held_out.jsonl", "router"
+HELD_OUT, TEST, ROUTER = "held_out.jsonl", "test.jsonl", "router"
 _LIBRARIES = ("torch", "transformers", "safetensors")
 # Raise it when the same configuration comes to something else.
 _TRAINING_VERSION = 1
 # What decides nothing of the result, or stands in the fingerprint by its contents.
-_NO_CHOICES = {"data", "validation", "table", "cache", "checkpoint_every", "device"}
+_NO_CHOICES = {"data", "validation", "test", "table", "cache", "checkpoint_every", "device"}
 TABLE_ROWS = 64
 # Texts on which members' states are measured.
 SCALE_TEXTS = 32
@@ -60,7 +60,9 @@ def train_latent(
 
     The folder gets ``latent.json`` and ``interactions.safetensors``, ``router/`` if there is a
     router to learn, and ``held_out.jsonl``: for each held-out prompt the loss and the number of
-    answer tokens ``before`` training and ``after`` it, and the gates. The loss covers the answer
+    answer tokens ``before`` training and ``after`` it, whether greedy decoding would write just
+    this answer, and the gates; ``test.jsonl`` says the same
+    of test prompts. The loss covers the answer
     and the token that ends it. Calling again with the same configuration and folder resumes an
     interrupted training, or returns the manifest of a finished one.
 
@@ -76,7 +78,7 @@ def train_latent(
             another training.
         ExpertConfigError: A member or a data file cannot be loaded.
     """
-    pairs, held_out, repeated = _read_data(config)
+    pairs, held_out, tested, repeated = _read_data(config)
     table = _read_table(config)
     fingerprint = _fingerprint(config, members, table)
     finished = _finished(out, fingerprint)
@@ -84,17 +86,20 @@ def train_latent(
         return finished
     loaded = _members(config, members)
     tokenizers = {name: member.tokenizer for name, member in loaded.items()}
-    reader = TextReader(tokenizers, [*pairs, *held_out])
+    reader = TextReader(tokenizers, [*pairs, *held_out, *tested])
     fits = [reader.length(number) <= config.max_tokens for number in range(len(reader.pairs))]
-    learnt = [number for number in range(len(pairs)) if fits[number]]
-    checked = [number for number in range(len(pairs), len(fits)) if fits[number]]
+    parts, start = [], 0
+    for part in (pairs, held_out, tested):
+        parts.append([number for number in range(start, start + len(part)) if fits[number]])
+        start += len(part)
+    learnt, checked, last = parts
     if not learnt or not checked:
         raise RouterError(
             f"of {len(pairs)} pairs to learn from and {len(held_out)} held-out ones, {len(learnt)} "
             f"and {len(checked)} have at most max_tokens={config.max_tokens} tokens; give more or "
             "shorter pairs"
         )
-    training = _Training(config, loaded, reader, learnt, checked, table)
+    training = _Training(config, loaded, reader, learnt, checked, last, table)
     training.run(out, fingerprint, on_step)
     manifest = LatentTrainingManifest(
         fingerprint=fingerprint,
@@ -192,15 +197,26 @@ def _recut(name: str, member: Member, n_stacks: int) -> Member:
     return wrap(name, known, tokenizer, n_stacks=n_stacks, revision=member.revision)
 
 
-def _read_data(config: LatentTrainingConfig) -> tuple[list[ChatPair], list[ChatPair], int]:
-    """Pairs to learn from, held-out pairs, and how many prompts were left out as repeated."""
-    pairs, repeated = read_pairs(config.data)
+def _read_data(
+    config: LatentTrainingConfig,
+) -> tuple[list[ChatPair], list[ChatPair], list[ChatPair], int]:
+    """Pairs to learn from, held-out and test pairs, and how many prompts were repeated.
+
+    Of a repeated prompt the test pair is kept, else the held-out one.
+    """
+    parts = [config.test, config.validation, config.data]
+    known: set[str] = set()
+    found, repeated = [], 0
+    for part in parts:
+        pairs, again = read_pairs(part) if isinstance(part, Path) else ([], 0)
+        fresh = [pair for pair in pairs if pair.prompt not in known]
+        repeated += again + len(pairs) - len(fresh)
+        known |= {pair.prompt for pair in fresh}
+        found.append(fresh)
+    tested, held_out, learnt = found
     if not isinstance(config.validation, Path):
-        return *hold_out(pairs, config.validation), repeated
-    held_out, repeated_there = read_pairs(config.validation)
-    known = {pair.prompt for pair in held_out}
-    learnt = [pair for pair in pairs if pair.prompt not in known]
-    return learnt, held_out, repeated + repeated_there + len(pairs) - len(learnt)
+        learnt, held_out = hold_out(learnt, config.validation)
+    return learnt, held_out, tested, repeated
 
 
 def _read_table(config: LatentTrainingConfig) -> OutcomeTable | None:
@@ -241,7 +257,8 @@ def _fingerprint(
     ]
     validation = config.validation
     held_out = _sha256(validation) if isinstance(validation, Path) else validation
-    data = [_sha256(config.data), held_out, None if table is None else table.sha256]
+    test = None if config.test is None else _sha256(config.test)
+    data = [_sha256(config.data), held_out, test, None if table is None else table.sha256]
     encoder = get_encoder(config.encoder).revision if config.has_router else None
     facts = [_TRAINING_VERSION, _hyperparameters(config), data, revisions, encoder]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -271,6 +288,7 @@ class _Training:
         reader: TextReader,
         learnt: Sequence[int],
         checked: Sequence[int],
+        tested: Sequence[int],
         table: OutcomeTable | None,
     ) -> None:
         self.config, self.members, self.reader = config, members, reader
@@ -301,12 +319,15 @@ class _Training:
         plan = plan_batches(lengths, config.batch_size, batches, config.seed)
         self.plan = [[learnt[place] for place in batch] for batch in plan]
         self.checked = sorted(checked, key=reader.length)
+        self.tested = sorted(tested, key=reader.length)
         self.store = self._store()
         self._fit_scales(learnt[:SCALE_TEXTS])
         self.step, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0
         self.history: list[tuple[int, float]] = []
         self.before: list[dict[str, Any]] = []
         self.after: list[dict[str, Any]] = []
+        self.test_before: list[dict[str, Any]] = []
+        self.test_after: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}
         self.best_step = 0
 
@@ -352,7 +373,9 @@ class _Training:
 
     def _wanted(self) -> Iterable[Wanted]:
         """All that may be read, whoever will be chosen: so it is the same in a resumed training."""
-        numbers = dict.fromkeys([*(n for batch in self.plan for n in batch), *self.checked])
+        numbers = dict.fromkeys(
+            [*(n for batch in self.plan for n in batch), *self.checked, *self.tested]
+        )
         writers = self.names if self.writer is None else [self.names[self.writer]]
         for number in numbers:
             for writer in writers:
@@ -377,6 +400,7 @@ class _Training:
         )
         self._resume(checkpoint)
         if not self.history:
+            self.test_before = self._measured(self.tested)
             self._measure()
         with tqdm(
             total=config.max_steps, initial=self.step, desc=out.name, unit="step", delay=2,
@@ -402,6 +426,7 @@ class _Training:
                 if on_step:
                     on_step(self.step, loss)
         self.learnt.load_state_dict(self.best)
+        self.test_after = self._measured(self.tested)
         self._checkpoint = checkpoint
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -499,6 +524,15 @@ class _Training:
         self, numbers: Sequence[int], chosen: torch.Tensor, weights: torch.Tensor
     ) -> list[torch.Tensor]:
         """Loss of each answer, summed over its tokens."""
+        return [
+            functional.cross_entropy(logits, targets, reduction="sum")
+            for logits, targets in self._logits(numbers, chosen, weights)
+        ]
+
+    def _logits(
+        self, numbers: Sequence[int], chosen: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and tokens of each answer, shapes (n_tokens, vocabulary) and (n_tokens,)."""
         texts, targets = [], []
         for number, places, counts in zip(numbers, chosen.tolist(), weights, strict=True):
             names = [self.names[place] for place in places]
@@ -514,37 +548,49 @@ class _Training:
         if torch.is_grad_enabled():
             self.tokens += sum(len(text.tokens[text.writer].ids) for text in texts)
         return [
-            functional.cross_entropy(
-                logits.float(), torch.tensor(one, device=logits.device), reduction="sum"
-            )
+            (logits.float(), torch.tensor(one, device=logits.device))
             for logits, one in zip(found, targets, strict=True)
         ]
 
     @torch.no_grad()
-    def _measure(self) -> None:
-        """Measure the held-out loss; keep the parameters if they are the best so far."""
+    def _measured(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """What is made of each text, with the parameters as they are.
+
+        An answer is ``exact`` if each of its tokens is the likeliest, so that greedy decoding would
+        write it.
+        """
+        if not numbers:
+            return []
         self.learnt.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
-        scores = self._scores(self.checked)
+        scores = self._scores(numbers)
         chosen = self._choose(scores, torch.rand(scores.shape, generator=generator))
         weights = self._gates(scores, chosen)
-        losses: list[torch.Tensor] = []
-        for start in range(0, len(self.checked), self.config.batch_size):
+        answers: list[tuple[float, int, bool]] = []
+        for start in range(0, len(numbers), self.config.batch_size):
             rows = slice(start, start + self.config.batch_size)
-            losses += self._losses(self.checked[rows], chosen[rows], weights[rows])
-        found = [
+            for logits, targets in self._logits(numbers[rows], chosen[rows], weights[rows]):
+                loss = functional.cross_entropy(logits, targets, reduction="sum")
+                exact = bool((logits.argmax(-1) == targets).all())
+                answers.append((float(loss), len(targets), exact))
+        return [
             {
-                "loss": float(loss),
-                "tokens": self._n_targets(number, places),
+                "loss": loss,
+                "tokens": n_tokens,
+                "exact": exact,
                 "gates": {
                     self.names[place]: round(gate, 6)
                     for place, gate in zip(places.tolist(), counts.tolist(), strict=True)
                 },
             }
-            for number, loss, places, counts in zip(
-                self.checked, losses, chosen, weights, strict=True
+            for (loss, n_tokens, exact), places, counts in zip(
+                answers, chosen, weights, strict=True
             )
         ]
+
+    def _measure(self) -> None:
+        """Measure the held-out loss; keep the parameters if they are the best so far."""
+        found = self._measured(self.checked)
         now = _per_token(found)
         if not self.history:
             self.before = found
@@ -559,7 +605,8 @@ class _Training:
         self.history.append((self.step, now))
 
     def _progress(self) -> dict[str, Any]:
-        names = ("step", "tokens", "seconds", "waited", "best_step", "history", "before", "after")
+        names = ("step", "tokens", "seconds", "waited", "best_step", "history", "before", "after",
+                 "test_before")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -580,6 +627,8 @@ class _Training:
             "best_step": self.best_step,
             "loss_before": _per_token(self.before),
             "loss": _per_token(self.after),
+            "test_loss_before": _per_token(self.test_before) if self.tested else None,
+            "test_loss": _per_token(self.test_after) if self.tested else None,
             "history": self.history,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 1),
@@ -588,16 +637,9 @@ class _Training:
     def save(self, out: Path, manifest: LatentTrainingManifest, table: OutcomeTable | None) -> None:
         """Write all files, the one that says it is finished last, and drop the checkpoint."""
         out.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "prompt": prompt_hash(self.reader.pairs[number].prompt),
-                "before": before,
-                "after": after,
-            }
-            for number, before, after in zip(self.checked, self.before, self.after, strict=True)
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (out / HELD_OUT).write_text(text, encoding="utf-8")
+        self._write(out / HELD_OUT, self.checked, self.before, self.after)
+        if self.tested:
+            self._write(out / TEST, self.tested, self.test_before, self.test_after)
         if self.network is not None:
             split = None if table is None else _split(table)
             metrics = {"held_out_loss": manifest.loss, "steps": manifest.best_step}
@@ -605,6 +647,20 @@ class _Training:
             self.router.save(out / ROUTER)
         save_latent(out, self.model, self.members, manifest.model_dump(mode="json"))
         self._checkpoint.remove()
+
+    def _write(
+        self,
+        file: Path,
+        numbers: Sequence[int],
+        before: Sequence[Mapping[str, Any]],
+        after: Sequence[Mapping[str, Any]],
+    ) -> None:
+        lines = [
+            {"prompt": prompt_hash(self.reader.pairs[number].prompt), "before": old, "after": new}
+            for number, old, new in zip(numbers, before, after, strict=True)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        file.write_text(text, encoding="utf-8")
 
 
 def _per_token(found: Sequence[Mapping[str, Any]]) -> float:

@@ -23,7 +23,7 @@ from routers.cli import train_command  # noqa: E402
 from routers.latent.config import LatentTrainingConfig, read_config  # noqa: E402
 from routers.latent.sizes import interaction_parameters  # noqa: E402
 from routers.latent.states import StateStore  # noqa: E402
-from routers.latent.texts import TextReader, hold_out  # noqa: E402
+from routers.latent.texts import TextReader, hold_out, prompt_hash  # noqa: E402
 from routers.latent.training import _Training, train_latent, without_peers  # noqa: E402
 from routers.outcomes import OutcomeTable, Prompts  # noqa: E402
 from routers.registry import load_router  # noqa: E402
@@ -211,6 +211,26 @@ def test_a_file_of_held_out_pairs_is_not_learnt_from(make, members, tmp_path):
     manifest = train_latent(config, tmp_path / "out", members=members)
     assert (manifest.pairs, manifest.held_out) == (len(KNOWN) - 10, 10)
     assert manifest.repeated_prompts == 10
+
+
+def test_test_pairs_are_measured_and_decide_nothing(make, members, tmp_path):
+    pairs = [{"prompt": k, "answer": v} for k, v in KNOWN.items()]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, pairs[:5])))
+    (tmp_path / "rest.jsonl").write_text("\n".join(map(json.dumps, pairs[5:])))
+    rest = make(data=tmp_path / "rest.jsonl", max_steps=4)
+    plain = train_latent(rest, tmp_path / "plain", members=members)
+    tested = train_latent(
+        make(test=tmp_path / "test.jsonl", max_steps=4), tmp_path / "tested", members=members
+    )
+    assert tested.history == plain.history
+    assert tested.pairs == plain.pairs
+    lines = [json.loads(line) for line in (tmp_path / "tested/test.jsonl").read_text().splitlines()]
+    assert {line["prompt"] for line in lines} == {prompt_hash(p["prompt"]) for p in pairs[:5]}
+    for when, loss in (("before", tested.test_loss_before), ("after", tested.test_loss)):
+        sums = [sum(line[when][key] for line in lines) for key in ("loss", "tokens")]
+        assert sums[0] / sums[1] == pytest.approx(loss)
+    assert tested.test_loss != tested.test_loss_before
+    assert plain.test_loss is None
 
 
 # --- files, resuming, repeating
@@ -498,4 +518,4 @@ def _training(config, members):
     tokenizers = {name: member.tokenizer for name, member in chosen.items()}
     reader = TextReader(tokenizers, pairs)
     numbers = list(range(len(pairs)))
-    return _Training(config, chosen, reader, numbers[8:], numbers[:8], None)
+    return _Training(config, chosen, reader, numbers[8:], numbers[:8], [], None)
