@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -63,7 +64,8 @@ class EngineServer:
         """
         if not hasattr(self._engine, "drop"):
             raise ExpertConfigError(f"the engine of {expert!r} has no members to drop")
-        self._engine.drop(expert)
+        # It waits for the running decode step.
+        await asyncio.to_thread(self._engine.drop, expert)
 
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():
