@@ -45,6 +45,14 @@ class LatentStrategy(Strategy):
     active: int = Field(default=2, ge=1, le=16)
     """Experts that take part, the writer included, where neither the policy nor the request says; 1
     has it write alone."""
+    writer: str | None = None
+    """The expert that writes whenever it can serve the request, of a collaboration that was trained
+    with one writer; none has the decision's first expert write."""
+
+    @property
+    def named_experts(self) -> tuple[str, ...]:
+        """The one that always writes, if there is one."""
+        return () if self.writer is None else (self.writer,)
 
     def run(
         self,
@@ -54,7 +62,8 @@ class LatentStrategy(Strategy):
         context: RequestContext,
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the answer of the first expert that gives one."""
-        names = decision.experts
+        # The others stay in the decision's order.
+        names = tuple(sorted(decision.experts, key=lambda name: name != self.writer))
         known = predicted(decision)
         active = decision.width or self.active
 

@@ -76,6 +76,21 @@ async def test_the_first_writes_and_the_next_are_peers():
     assert run.calls("listen") == ["b", "c"]
 
 
+async def test_one_expert_may_always_write():
+    run = Run(
+        LatentStrategy(type="latent", active=3, writer="c"), [scripted(name) for name in "abcd"]
+    )
+    assert (await run.answer()).text == "c"
+    # Predicted 0.7 of the writer, 0.9 and 0.8 of the others: odds of 7/3, 9 and 4.
+    total = 7 / 3 + 9 + 4
+    assert asked(run, "c") == pytest.approx({"a": 9 / total, "b": 4 / total})
+
+
+async def test_who_always_writes_does_not_where_it_cannot():
+    run = Run(LatentStrategy(type="latent", writer="z"), [scripted("a"), scripted("b")])
+    assert (await run.answer()).text == "a"
+
+
 @pytest.mark.parametrize(("width", "peers"), [(None, ["b"]), (1, []), (3, ["b", "c"])])
 async def test_the_decision_may_say_how_many(width: int | None, peers: list[str]):
     run = Run(latent(), [scripted(name) for name in "abc"], width=width)
