@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from deployments.preflight import (
-    available_gib,
     check_memory,
     check_port,
     check_weights,
     needed_gib,
 )
 from experts.config import LatentExpertConfig, TransformersExpertConfig, VLLMExpertConfig
+from experts.memory import available_bytes
 from orchestrator.config import CollegiumConfig, ConfigError, load_config
 
 __all__ = ["findings"]
@@ -91,7 +91,8 @@ def _package(name: str, config: CollegiumConfig) -> dict[str, Any]:
 
 
 def _memory(config: CollegiumConfig) -> str:
-    return f"{available_gib():.1f} GiB available, at least {needed_gib(config):.1f} GiB needed"
+    available = available_bytes() / 2**30
+    return f"{available:.1f} GiB available, at least {needed_gib(config):.1f} GiB needed"
 
 
 def _port(what: str, setting: str, host: str, port: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from pathlib import Path
 
 from experts.config import (
     LatentExpertConfig,
@@ -14,11 +13,11 @@ from experts.config import (
     VLLMExpertConfig,
 )
 from experts.errors import ExpertConfigError
+from experts.memory import available_bytes
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from orchestrator.config import CollegiumConfig, ConfigError
 
 __all__ = [
-    "available_gib",
     "check_memory",
     "check_port",
     "check_weights",
@@ -111,19 +110,6 @@ def _members_gib(entry: LatentExpertConfig) -> float:
         return 0.0  # who loads them says what is wrong with them
 
 
-def available_gib() -> float:
-    """Memory this process may still use, in GiB: the machine's, or its container's if less."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    machine = int(fields["MemAvailable"].split()[0]) / 2**20
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        container = (int(limit.read_text()) - int(used.read_text())) / 2**30
-    except (OSError, ValueError):
-        return machine
-    return min(machine, container)
-
-
 def check_memory(config: CollegiumConfig) -> None:
     """Make sure that the machine has the memory the service surely needs.
 
@@ -132,7 +118,7 @@ def check_memory(config: CollegiumConfig) -> None:
     """
     if not os.path.exists("/proc/meminfo"):
         return
-    needed, available = needed_gib(config), available_gib()
+    needed, available = needed_gib(config), available_bytes() / 2**30
     if needed > available:
         raise ConfigError(
             f"the service needs at least {needed:.1f} GiB of memory, {available:.1f} GiB are "

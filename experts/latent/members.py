@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from experts.errors import ExpertConfigError
 from experts.latent.alignment import MemberTokenizer
 from experts.latent.config import MemberConfig
+from experts.memory import available_bytes
 
 if TYPE_CHECKING:
     from experts.latent.stacks import StackedModel
@@ -181,7 +182,6 @@ def _check_memory(needed: Mapping[str, int], device: str) -> None:
 
 
 def _free_bytes(device: str) -> int:
-    import psutil
     import torch
 
     try:
@@ -191,4 +191,4 @@ def _free_bytes(device: str) -> int:
         reason = str(error).strip().splitlines()[0]
         raise ExpertConfigError(f"device {device!r} cannot be used ({reason})") from error
 
-    return int(psutil.virtual_memory().available)
+    return available_bytes()

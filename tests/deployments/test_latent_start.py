@@ -69,7 +69,7 @@ def test_members_that_do_not_fit_are_refused_with_figures(entry, monkeypatch):
     assert preflight.needed_gib(parse_config({"experts": [entry]})) == pytest.approx(
         2.018, abs=1e-3
     )
-    monkeypatch.setattr(preflight, "available_gib", lambda: 1.5)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 1.5 * 2**30)
     with pytest.raises(ConfigError, match=r"at least 2\.0 GiB of memory, 1\.5 GiB are available"):
         preflight.check_memory(parse_config({"experts": [entry]}))
 
