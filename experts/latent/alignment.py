@@ -36,7 +36,7 @@ __all__ = [
 # Stands before a piece of text while it is cut, so that no tokenizer takes it for a beginning.
 _ANCHOR = "\n"
 
-# Models without a chat template read this.
+# Models without a chat template read this, after the token that starts their texts.
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -81,7 +81,8 @@ class MemberTokenizer:
         self.name = name
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
-            tokenizer.chat_template = _PLAIN_TEMPLATE
+            starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+            tokenizer.chat_template = ("{{ bos_token }}" if starts else "") + _PLAIN_TEMPLATE
         self._reader = PromptReader(name, tokenizer)
         self._anchor = self._ids(_ANCHOR)
 

@@ -23,7 +23,7 @@ def byte_tokens() -> list[str]:
     return [*special, *sorted(ByteLevel.alphabet()), "ab", "12"]
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, *, add_bos: bool = False) -> Path:
     """A Llama of a few thousand random weights with a byte tokenizer."""
     import numpy as np
 
@@ -45,6 +45,7 @@ def write_gguf(path: Path) -> Path:
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
     writer.add_token_merges(["a b", "1 2"])
     writer.add_bos_token_id(1)
+    writer.add_add_bos_token(add_bos)
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
     shapes = {
@@ -105,6 +106,19 @@ def test_converted_tokenizer_keeps_template_and_single_digits(converted: Path) -
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.tokenize("ab12") == ["ab", "1", "2"]
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_texts_begin_with_the_token_the_model_was_trained_with(
+    tmp_path: Path, add_bos: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    file = write_gguf(tmp_path / "tiny.gguf", add_bos=add_bos)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(str(file), cache_dir=tmp_path))
+    ids = tokenizer("ab")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>"] * add_bos + ["ab"]
+    assert tokenizer("ab", add_special_tokens=False)["input_ids"] == ids[add_bos:]
 
 
 def test_second_call_converts_nothing(

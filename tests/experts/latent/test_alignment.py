@@ -96,6 +96,25 @@ def test_prompt_tokens_are_those_of_the_chat_template(tokenizers):
         assert all(look <= seen for look, seen in zip(read.looks, read.seen, strict=True))
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_base_models_prompt_begins_as_its_texts_do(starts):
+    """Gemma without its first token has ten times its perplexity."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tiny.tokenizer(300))
+    tokenizer.chat_template = None
+    tokenizer.bos_token = "</s>"
+    if starts:
+        first = [("</s>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="</s> $A", special_tokens=first
+        )
+    tokens = MemberTokenizer("base", tokenizer).chat(_chat("hello"))
+    text = tokenizer.decode(tokens.ids)
+    assert text == "</s>" * starts + "User: hello\n\nAssistant:"
+    assert tokens.looks[:1] == [0]
+
+
 def test_content_that_a_template_changes_is_seen_at_its_end_alone():
     tokenizer = copy.deepcopy(tiny.tokenizer(300))
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}!"
