@@ -138,8 +138,12 @@ class Interaction(nn.Module):
         # From heads that look at what was said just now to heads that look at all alike.
         slopes = torch.tensor([2.0 ** (-8.0 * head / n_heads) for head in range(n_heads)])
         self.slope = nn.Parameter(slopes.log())
-        for weight in self.out.parameters():
-            nn.init.zeros_(weight)
+        for name, weight in self.named_parameters():
+            if name.startswith("out."):
+                nn.init.zeros_(weight)
+            elif weight.ndim > 1:
+                # Keeps the size of what passes, which torch's own choice shrinks each time.
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def scale_of(self, name: str) -> Scale:
         """The scale of an expert's states."""

@@ -111,6 +111,23 @@ class LatentRouter(GradientRouter):
 
         return torch.from_numpy(np.asarray(self._encode_all(texts), np.float32))
 
+    def teach(
+        self, network: torch.nn.Sequential, vectors: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """Teach a network who is right, until that gets no better on held-out rows.
+
+        Args:
+            network: What ``network`` made.
+            vectors: What it reads, shape (n_rows, width).
+            scores: Shape (n_rows, n_models), NaN where missing.
+        """
+
+        def loss(part: torch.Tensor) -> torch.Tensor:
+            return masked_bce(network(vectors[part]), scores[part])
+
+        self._check_params()
+        self._train(network, loss, len(vectors))
+
     def adopt(
         self,
         network: torch.nn.Sequential,
@@ -140,11 +157,7 @@ class LatentRouter(GradientRouter):
     def _learn(self, rows: TrainingRows) -> None:
         vectors, scores = self._tensors(rows)
         network = self.network(len(rows.models))
-
-        def loss(part: torch.Tensor) -> torch.Tensor:
-            return masked_bce(network(vectors[part]), scores[part])
-
-        self._train(network, loss, len(rows))
+        self.teach(network, vectors, scores)
         self._take(network)
 
     def _take(self, network: torch.nn.Sequential) -> None:

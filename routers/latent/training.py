@@ -41,11 +41,11 @@ __all__ = ["train_latent", "without_peers"]
 HELD_OUT, TEST, ROUTER = "held_out.jsonl", "test.jsonl", "router"
 _LIBRARIES = ("torch", "transformers", "safetensors")
 # Raise it when the same configuration comes to something else.
-_TRAINING_VERSION = 1
+_TRAINING_VERSION = 2
 # What decides nothing of the result, or stands in the fingerprint by its contents.
 _NO_CHOICES = {"data", "validation", "test", "table", "cache", "checkpoint_every", "device"}
 TABLE_ROWS = 64
-# Texts on which members' states are measured.
+# Texts on which members' states are measured, or up to twice as many.
 SCALE_TEXTS = 32
 
 
@@ -314,6 +314,9 @@ class _Training:
             width=config.width, n_heads=config.n_heads, n_stacks=config.n_stacks,
         )  # fmt: skip
         self.table = self._table_tensors(table)
+        if self.table is not None and self.network is not None:
+            # Before experts learn to listen it should be known to whom.
+            self.router.teach(self.network, *self.table)
         lengths = [reader.length(number) for number in learnt]
         batches = config.max_steps * config.accumulation
         plan = plan_batches(lengths, config.batch_size, batches, config.seed)
@@ -321,7 +324,8 @@ class _Training:
         self.checked = sorted(checked, key=reader.length)
         self.tested = sorted(tested, key=reader.length)
         self.store = self._store()
-        self._fit_scales(learnt[:SCALE_TEXTS])
+        # Spread over the data, which may lie in an order of its own.
+        self._fit_scales(learnt[:: max(1, len(learnt) // SCALE_TEXTS)])
         self.step, self.tokens, self.seconds, self.waited = 0, 0, 0.0, 0
         self.history: list[tuple[int, float]] = []
         self.before: list[dict[str, Any]] = []
@@ -356,7 +360,9 @@ class _Training:
             if not alone or place == self.writer
         }
 
-    def _table_tensors(self, table: OutcomeTable | None) -> tuple[torch.Tensor, ...] | None:
+    def _table_tensors(
+        self, table: OutcomeTable | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         if table is None or not self.config.correctness:
             return None
         split = _split(table)
