@@ -366,6 +366,32 @@ def test_memory_is_checked_before_loading(home, monkeypatch):
         open_experts(_config(home))
 
 
+def test_models_that_keep_no_keys_and_values_are_refused(tmp_path):
+    from transformers import MambaConfig
+
+    from experts.latent.members import needed_bytes
+
+    MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(errors.ExpertConfigError, match=r"'odd': .* cannot be loaded"):
+        needed_bytes([MemberConfig(name="odd", model=str(tmp_path))], "float32")
+
+
+def test_revision_of_an_adapter_is_also_that_of_its_description(home, tmp_path):
+    """It says how much the adapter counts."""
+    from experts.latent.members import member_revision
+
+    config = MemberConfig(name="x", model=str(home / "general"), adapter=str(tmp_path))
+    found = []
+    for weights, description in ((b"1", "{}"), (b"2", "{}"), (b"2", '{"lora_alpha": 2}')):
+        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+        (tmp_path / "adapter_config.json").write_text(description)
+        found.append(member_revision(config))
+    assert len(set(found)) == 3
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(errors.ExpertConfigError, match=r"holds no adapter_config\.json"):
+        member_revision(config)
+
+
 def test_devices_that_are_not_there_are_a_config_error(home):
     for device in ("nonsense", "cuda:63"):
         with pytest.raises(errors.ExpertConfigError, match="cannot be used"):
