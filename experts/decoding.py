@@ -151,32 +151,35 @@ class Decoder:
             # OpenMP keeps the number per calling thread.
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            while self._next_work():
+            while self._wait():
                 try:
+                    self._admit()
                     self._step()
                 except Exception as exc:  # whatever a pass raises, later rows must find a loop
                     self._fail_all(exc)
                     self._passes.reset()
         self._fail_all(RuntimeError("the engine was closed"))
 
-    def _next_work(self) -> bool:
-        """Wait for work; admit rows and run calls. False once closing."""
+    def _wait(self) -> bool:
+        """Wait for work. False once closing."""
         with self._wake:
             while not (self._closing or self._rows or self._waiting or self._calls):
                 self._wake.wait()
-            if self._closing:
-                return False
-            calls = list(self._calls)
-            self._calls.clear()
+            return not self._closing
+
+    def _admit(self) -> None:
+        """Have cancelled rows leave and waiting ones join; run calls."""
+        with self._wake:
             self._waiting = deque(row for row in self._waiting if not row.cancelled)
             self._drop([row for row in self._rows if row.cancelled])
             while self._waiting and len(self._rows) < self._max_rows:
                 row = self._waiting.popleft()
                 self._rows.append(row)
                 self._passes.join(row)
+            calls = list(self._calls)
+            self._calls.clear()
         for function, future in calls:
             _answer(function, future)
-        return True
 
     def _step(self) -> None:
         budget = PREFILL_TOKENS

@@ -68,7 +68,8 @@ def read_pairs(path: Path) -> tuple[list[ChatPair], int]:
             object with the texts "prompt" and "answer".
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also breaks at separators that stand within JSON texts.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ExpertConfigError(f"cannot read {path}: {error}") from error
     pairs: dict[str, ChatPair] = {}
@@ -89,8 +90,10 @@ def _parse_pair(line: str, place: str) -> ChatPair:
     except ValueError as error:
         raise ExpertConfigError(f"{place} is not JSON: {error}") from error
     prompt, answer = (row.get(k) if isinstance(row, dict) else None for k in ("prompt", "answer"))
-    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not answer:
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt:
         raise ExpertConfigError(f'{place} must be an object with the texts "prompt" and "answer"')
+    if not answer.strip():
+        raise ExpertConfigError(f"{place} has an empty answer")
     return ChatPair(prompt, answer)
 
 

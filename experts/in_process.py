@@ -139,6 +139,7 @@ class RowMaker:
         return SamplingOptions(
             temperature=temperature,
             top_p=top_p,
+            top_k=_top_k(request),
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=_logit_bias(request, len(self._tokenizer)),
@@ -277,10 +278,19 @@ def _top_logprobs(request: AnyRequest) -> int | None:
     return request.logprobs
 
 
+def _top_k(request: AnyRequest) -> int | None:
+    top_k = extra_field(request, "top_k")
+    if top_k is None or (isinstance(top_k, int) and top_k > 0):
+        return top_k
+    raise InvalidRequestError(f"top_k must be a number of tokens from 1, got {top_k!r}", "top_k")
+
+
 def _logit_bias(request: AnyRequest, vocabulary: int) -> Mapping[int, float]:
     bias = extra_field(request, "logit_bias") or {}
     try:
         parsed = {int(token): float(value) for token, value in bias.items()}
+        if not all(-100 <= value <= 100 for value in parsed.values()):
+            raise ValueError
     except (AttributeError, TypeError, ValueError) as exc:
         raise InvalidRequestError(
             "logit_bias must map token ids to numbers from -100 to 100", "logit_bias"

@@ -119,11 +119,12 @@ class SlotCache(Cache):
         return positions, self._mask(positions)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of one slot over those of another."""
+        """Copy the first ``length`` tokens of one slot to another, which forgets the rest."""
         for layer in self._slots:
             if layer.is_initialized:
                 for buffer in layer.buffers():
                     buffer[target, :, :length] = buffer[source, :, :length]
+                    buffer[target, :, length:] = 0
 
     def clear(self, slot: int) -> None:
         """Set a slot to zero."""

@@ -106,7 +106,9 @@ class Lane:
         self.cache = SlotCache(self._config, self._n_slots, self._device)
 
     def join(self, row: Row) -> None:
-        """Give a row a slot."""
+        """Give a row an empty slot."""
+        # Masked numbers count zero times, but zero times NaN is NaN.
+        self.cache.clear(len(self.rows))
         self.rows.append(row)
         self.lengths.append(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from experts.errors import InvalidRequestError, UnsupportedFeatureError
 from experts.types import ChatRequest, Message
 
 __all__ = ["PromptReader"]
+
+# What a template sees by a name that transformers knows, too.
+_SHOWN = frozenset({"documents", "tools", "kwargs"})
 
 
 class PromptReader:
@@ -27,13 +31,36 @@ class PromptReader:
     def read(self, request: AnyRequest) -> list[list[int]]:
         """Token ids of each prompt of a request; chats have one."""
         if isinstance(request, ChatRequest):
-            options = (request.model_extra or {}).get("chat_template_kwargs") or {}
-            return [self.chat(request.messages, **options)]
+            ids = self.chat(request.messages, **self.options(request))
+            if not ids:
+                raise InvalidRequestError(
+                    f"the chat template of expert {self._expert!r} makes nothing of these messages",
+                    "messages",
+                )
+            return [ids]
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        ids = [list(self._tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        if not all(ids):
+        id_lists = [list(self._tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        if not all(id_lists):
             raise InvalidRequestError("prompt must not be empty", "prompt")
-        return ids
+        return id_lists
+
+    def options(self, request: ChatRequest) -> dict[str, Any]:
+        """What a request shows the chat template beside its messages.
+
+        Raises:
+            InvalidRequestError: It is no object, or would replace the template, cut the prompt, or
+                change in another way what is done with it.
+        """
+        param = "chat_template_kwargs"
+        options = (request.model_extra or {}).get(param) or {}
+        if not isinstance(options, dict):
+            raise InvalidRequestError(f"{param} must be an object", param)
+        known = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        if reserved := sorted((known.keys() - _SHOWN) & options.keys()):
+            raise InvalidRequestError(
+                f"{param} is for what the chat template reads; {reserved[0]!r} is not", param
+            )
+        return options
 
     def chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins.

@@ -47,6 +47,7 @@ class SamplingOptions:
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: Probability of the nucleus, in (0, 1].
+        top_k: Draw from so many of the likeliest tokens, before the nucleus; none from all.
         presence_penalty: Taken off the logit of each token that occurred in the answer.
         frequency_penalty: Taken off once per occurrence.
         logit_bias: Added to the logits of these tokens.
@@ -56,6 +57,7 @@ class SamplingOptions:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -119,7 +121,14 @@ class Sampler:
 
     def _pick(self, scores: torch.Tensor) -> int:
         if self._generator is None:
-            return int(scores.argmax())
+            likeliest = int(scores.argmax())
+            # NaN counts as the largest.
+            if scores[likeliest].isnan():
+                raise ValueError("the model's logits are no numbers")
+            return likeliest
+        if self._options.top_k is not None:
+            least = scores.topk(min(self._options.top_k, len(scores))).values[-1]
+            scores = scores.masked_fill(scores < least, float("-inf"))
         probabilities = torch.softmax(scores / self._options.temperature, dim=-1)
         if self._options.top_p >= 1.0:
             return int(torch.multinomial(probabilities, 1, generator=self._generator))

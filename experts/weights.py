@@ -70,7 +70,8 @@ def model_revision(resolved: Path | str) -> str:
     if source.exists():
         return f"gguf-sha256:{source.read_text().strip()}"
     digest = hashlib.sha256()
-    for file in sorted([*resolved.glob("*.safetensors"), *resolved.glob("config.json")]):
+    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json")
+    for file in sorted(file for pattern in patterns for file in resolved.glob(pattern)):
         digest.update(_sha256(file).encode())
     return f"sha256:{digest.hexdigest()}"
 

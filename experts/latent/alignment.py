@@ -20,9 +20,10 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
+from experts.base import AnyRequest
 from experts.prompts import PromptReader
 from experts.streaming_text import TokenText
-from experts.types import Message
+from experts.types import ChatRequest, Message
 
 __all__ = [
     "AlignedTokens",
@@ -89,6 +90,13 @@ class MemberTokenizer:
     def equals(self, other: MemberTokenizer) -> bool:
         """Whether both give the same tokens for every text."""
         return self._described == other._described
+
+    def read(self, request: AnyRequest) -> list[PromptTokens]:
+        """Each prompt of a request; chats have one."""
+        if isinstance(request, ChatRequest):
+            return [self.chat(request.messages, **self._reader.options(request))]
+        prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        return [self.text(prompt) for prompt in prompts]
 
     def chat(self, messages: Sequence[Message], **options: Any) -> PromptTokens:
         """A conversation, up to where the assistant begins.

@@ -15,8 +15,7 @@ from experts.base import AnyRequest
 from experts.config import LatentExpertConfig, cards_of
 from experts.errors import ExpertConfigError, ExpertUnavailableError, InvalidRequestError
 from experts.in_process import InProcessEngine, InProcessExpert, RowMaker, extra_field
-from experts.latent.alignment import PromptTokens, first_views
-from experts.types import ChatRequest
+from experts.latent.alignment import first_views
 
 if TYPE_CHECKING:
     from experts.decoding import Row
@@ -167,12 +166,12 @@ class LatentEngine(InProcessEngine[LatentExpert]):
         """The prompts of a request with what peers read of them, as far as they can."""
         from experts.latent.passes import HeardPrompt, LatentPrompt
 
-        own = self._read(writer, request)
+        own = self._tokenizers[writer].read(request)
         peers: list[dict[str, HeardPrompt]] = [{} for _ in own]
         for name, gate in gates.items():
             maker = self._makers.get(name)
             try:
-                theirs = self._read(name, request)
+                theirs = self._tokenizers[name].read(request)
             except InvalidRequestError:  # its chat template refuses what the writer's takes
                 continue
             for heard, mine, its in zip(peers, own, theirs, strict=True):
@@ -183,15 +182,6 @@ class LatentEngine(InProcessEngine[LatentExpert]):
             LatentPrompt(mine.ids, writer=writer, gate=left, peers=heard)
             for mine, heard in zip(own, peers, strict=True)
         ]
-
-    def _read(self, name: str, request: AnyRequest) -> list[PromptTokens]:
-        """Each prompt of a request as an expert reads it."""
-        tokenizer = self._tokenizers[name]
-        if isinstance(request, ChatRequest):
-            options = extra_field(request, "chat_template_kwargs") or {}
-            return [tokenizer.chat(request.messages, **options)]
-        prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        return [tokenizer.text(prompt) for prompt in prompts]
 
 
 def _is_gate(value: Any) -> bool:

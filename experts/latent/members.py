@@ -42,12 +42,14 @@ def member_revision(config: MemberConfig) -> str:
     base = model_revision(resolve_model(config.model))
     if config.adapter is None:
         return base
-    file = _adapter_folder(config) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ExpertConfigError(
-            f"expert {config.name!r}: {config.adapter!r} holds no adapter_model.safetensors"
-        )
-    return f"{base}+{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    digest = hashlib.sha256()
+    # The description says how much the weights count.
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        file = _adapter_folder(config) / name
+        if not file.is_file():
+            raise ExpertConfigError(f"expert {config.name!r}: {config.adapter!r} holds no {name}")
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return f"{base}+{digest.hexdigest()}"
 
 
 def needed_bytes(
@@ -72,10 +74,11 @@ def needed_bytes(
             described = AutoConfig.from_pretrained(str(resolve_model(config.model)))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(described)
-        except (OSError, ValueError) as error:
+            per_token = _cached_numbers(described)
+        except (OSError, ValueError, AttributeError) as error:
             raise _cannot_load(config, error) from error
         weights = sum(p.numel() for p in model.parameters())
-        found[config.name] = size * (weights + cached_tokens * _cached_numbers(described))
+        found[config.name] = size * (weights + cached_tokens * per_token)
     return found
 
 

@@ -341,10 +341,11 @@ class LatentPasses:
         talk, lane = self._talks[row], self._readers.get(name)
         if talk.followers.pop(name, None) is None or lane is None:
             return
-        # Numbers that are not finite would reach whoever gets the slot, masked or not.
-        lane.cache.clear(lane.rows.index(row))
         lane.leave([row])
         writer = _prompt(row).writer
+        if (own := self._writers.get(writer)) is not None:
+            # Who fails on the way leaves entries at some boundaries only.
+            own.memory.forget(own.rows.index(row), talk.n_remembered)
         logger.warning("expert %r goes on without its peer %r: %s", writer, name, reason)
         if row.decoding:
             self._say(row)
@@ -459,7 +460,7 @@ class _WriterLane(Lane):
     def join(self, row: Row) -> None:
         """Give a row a slot."""
         super().join(row)
-        self.memory.forget(len(self.rows) - 1)
+        self.memory.forget(len(self.rows) - 1, 0)
 
     def _move(self, source: int, target: int, length: int) -> None:
         super()._move(source, target, length)
@@ -508,9 +509,11 @@ class _Memories:
         self._seen_from[target, :count] = self._seen_from[source, :count]
         self._seen_from[target, count:] = NEVER
 
-    def forget(self, slot: int) -> None:
-        """Empty a slot."""
-        self._seen_from[slot] = NEVER
+    def forget(self, slot: int, start: int) -> None:
+        """Forget a slot's entries from ``start`` on."""
+        # As in the caches, NaN would count even where it is not seen.
+        self._keys[:, slot, :, start:] = self._values[:, slot, :, start:] = 0
+        self._seen_from[slot, start:] = NEVER
 
     def shrink(self, count: int) -> None:
         """Give back the memory beyond so many entries, if that is more than half of it."""

@@ -468,6 +468,7 @@ class _Training:
             here = [next(rows) for _ in batch]
             part = torch.stack(self._losses(batch, chosen[here], leaf[here])).sum() / total
             loss += float(part.detach())
+            self._check_finite(part)
             if part.requires_grad:
                 part.backward()
         self._teach_router(scores, chosen, weights, leaf.grad)
@@ -510,7 +511,15 @@ class _Training:
         if self.network is None:
             return torch.zeros(len(numbers), len(self.names))
         scores: torch.Tensor = self.network(self.vectors[numbers])
+        self._check_finite(scores)
         return scores
+
+    def _check_finite(self, found: torch.Tensor) -> None:
+        if not found.isfinite().all():
+            raise RouterError(
+                f"training has diverged after step {self.step}, to numbers that are not finite; "
+                "lower learning_rate"
+            )
 
     def _choose(self, scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         random = self.config.peers == "random"

@@ -173,6 +173,14 @@ def test_every_epoch_of_the_plan_visits_every_pair_once() -> None:
     assert plan == plan_batches([5, 1, 4, 2, 3], batch_size=2, steps=6, seed=3)
 
 
+def test_line_separators_within_texts_end_no_line(tmp_path: Path) -> None:
+    pair = ChatPair("one\u2028two", "three\x85four")
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps(pair._asdict(), ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert read_pairs(tmp_path / "pairs.jsonl") == ([pair], 0)
+
+
 def test_answers_are_learnt_up_to_the_end_of_turn(base: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -196,6 +204,7 @@ def test_repeated_prompts_are_read_once(data: Path) -> None:
         ('{"prompt": "a"}', 'texts "prompt" and "answer"'),
         ('{"prompt": "a", "answer": 3}', 'texts "prompt" and "answer"'),
         ("[]", 'texts "prompt" and "answer"'),
+        ('{"prompt": "a", "answer": " "}', "line 1 .* empty answer"),
     ],
 )
 def test_bad_data_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:

@@ -30,6 +30,21 @@ def test_nucleus_leaves_unlikely_tokens_out():
     assert set(_draws(50, top_p=0.01, seed=1)) == {0}
 
 
+def test_tokens_after_the_likeliest_few_are_left_out():
+    assert set(_draws(500, top_k=2, seed=1)) == {0, 1}
+    assert set(_draws(50, top_k=1, seed=1)) == {0}
+    assert _draws(50, top_k=9, seed=1) == _draws(50, seed=1)
+    # Of the two that are left, the first has a probability of 0.73.
+    assert set(_draws(50, top_k=2, top_p=0.7, seed=1)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_an_error(temperature):
+    sampler = Sampler(SamplingOptions(temperature=temperature))
+    with pytest.raises((ValueError, RuntimeError)):
+        sampler.draw(torch.tensor([1.0, float("nan"), 2.0]))
+
+
 def test_seed_fixes_the_draws():
     assert _draws(30, seed=3) == _draws(30, seed=3)
     assert _draws(30, seed=3) != _draws(30, seed=4)

@@ -221,3 +221,10 @@ def test_revision_tells_weights_apart(converted: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert one.startswith("sha256:")
     assert model_revision(tmp_path) != one
+
+
+def test_revision_tells_weights_of_the_older_format_apart(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"one")
+    one = model_revision(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"two")
+    assert model_revision(tmp_path) != one

@@ -366,6 +366,32 @@ def test_memory_is_checked_before_loading(home, monkeypatch):
         open_experts(_config(home))
 
 
+def test_models_that_keep_no_keys_and_values_are_refused(tmp_path):
+    from transformers import MambaConfig
+
+    from experts.latent.members import needed_bytes
+
+    MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(errors.ExpertConfigError, match=r"'odd': .* cannot be loaded"):
+        needed_bytes([MemberConfig(name="odd", model=str(tmp_path))], "float32")
+
+
+def test_revision_of_an_adapter_is_also_that_of_its_description(home, tmp_path):
+    """It says how much the adapter counts."""
+    from experts.latent.members import member_revision
+
+    config = MemberConfig(name="x", model=str(home / "general"), adapter=str(tmp_path))
+    found = []
+    for weights, description in ((b"1", "{}"), (b"2", "{}"), (b"2", '{"lora_alpha": 2}')):
+        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+        (tmp_path / "adapter_config.json").write_text(description)
+        found.append(member_revision(config))
+    assert len(set(found)) == 3
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(errors.ExpertConfigError, match=r"holds no adapter_config\.json"):
+        member_revision(config)
+
+
 def test_devices_that_are_not_there_are_a_config_error(home):
     for device in ("nonsense", "cuda:63"):
         with pytest.raises(errors.ExpertConfigError, match="cannot be used"):
@@ -393,3 +419,49 @@ def test_relative_artefact_is_looked_for_beside_the_config(home):
     found = load_config(home / "config.yaml").experts[0]
     assert isinstance(found, LatentExpertConfig)
     assert found.artefact == str(home / "artefact")
+
+
+@pytest.mark.parametrize("peers", [None, {"other": 0.3}])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("think", "must be an object"),
+        ({"chat_template": "{{ '' }}"}, "'chat_template' is not"),
+        ({"tokenize": False}, "'tokenize' is not"),
+        ({"truncation": True, "max_length": 3}, "'max_length' is not"),
+        ({"return_tensors": "pt"}, "'return_tensors' is not"),
+    ],
+)
+async def test_template_options_are_for_the_template_alone(shared, options, reason, peers):
+    """Others would have prompts cut, or the decode loop wait for a prompt of no tokens."""
+    expert = shared.experts()["general"]
+    with pytest.raises(errors.InvalidRequestError, match=reason) as caught:
+        await _ask(expert, chat_template_kwargs=options, peers=peers)
+    assert caught.value.param == "chat_template_kwargs"
+    answer = await _ask(expert, chat_template_kwargs={"documents": [], "think": 1}, peers=peers)
+    assert answer.usage.completion_tokens == 6
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"5": 101}},
+        {"logit_bias": {"5": "nan"}},
+        {"logit_bias": {"100000": 1}},
+        {"logit_bias": [5]},
+        {"top_k": 0},
+        {"top_k": "few"},
+    ],
+)
+async def test_malformed_sampling_is_refused(shared, fields):
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await _ask(shared.experts()["general"], **fields)
+    assert [caught.value.param] == list(fields)
+
+
+async def test_top_k_reaches_the_sampler(shared):
+    """``docs/http-api.md`` promises it to whoever asks an expert by name."""
+    expert, options = shared.experts()["general"], {"temperature": 2.0, "seed": 1}
+    greedy = await _ask(expert)
+    assert (await _ask(expert, top_k=1, **options)).text == greedy.text
+    assert (await _ask(expert, **options)).text != greedy.text

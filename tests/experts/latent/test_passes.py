@@ -341,7 +341,7 @@ def test_peer_that_fails_on_the_prompt_is_left_out(
 def test_place_of_a_row_with_broken_states_is_clean_for_the_next(
     passes, model, tokenizers, monkeypatch
 ):
-    """Fails without ``clear`` in ``_leave_out``: what is masked counts zero times, and zero times
+    """Fails without ``clear`` in ``Lane.join``: what is masked counts zero times, and zero times
     no number is no number."""
     gates, ids = {"qwen3": 0.5}, _ids(tokenizers, "llama")
     stays, leaves = (_row(_prompt(tokenizers, "llama", gates)) for _ in range(2))
@@ -369,6 +369,60 @@ def test_place_of_a_row_with_broken_states_is_clean_for_the_next(
     found = _write(passes, {later: ids[:3]})[later]
     expected = _whole(model, tokenizers, "llama", gates, ids[:3], "hello")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_peer_that_fails_between_boundaries_says_nothing(passes, model, tokenizers, monkeypatch):
+    """Fails without ``forget`` in ``_leave_out``: half of what it says would be seen."""
+    # The last one: it reads more tokens than the writer, who writes over the first of them.
+    gates, ids = {"qwen3": 0.4, "gemma3": 0.4}, _ids(tokenizers, "llama")[:4]
+    layer = passes._model.interaction(1)
+    whole = layer.note
+
+    def note(name: str, *args: Any) -> Any:
+        if name == "gemma3":
+            raise RuntimeError("out of memory")
+        return whole(name, *args)
+
+    monkeypatch.setattr(layer, "note", note)
+    row = _row(_prompt(tokenizers, "llama", gates))
+    found = _write(passes, {row: ids})[row]
+    expected = _without(model, tokenizers, gates, ids, "gemma3", -(10**6))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert _heard(row) == [{"qwen3": 0.4}]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_place_of_a_writer_with_broken_states_is_clean_for_the_next(
+    passes, model, tokenizers, moved
+):
+    """Fails without ``clear`` in ``Lane.join`` and zeros in ``forget``, or, where a row moves to
+    the place, in ``SlotCache.copy``."""
+    gates, ids = {"qwen3": 0.5}, _ids(tokenizers, "llama")
+    # The middle one is the longest, so that nobody writes over all it leaves.
+    rows = [_row(_prompt(tokenizers, "llama", gates, QUESTION * n)) for n in (1, 2, 1)]
+    embed = passes._model.members["llama"].model.get_input_embeddings()
+
+    def broken(module: Any, args: Any, found: torch.Tensor) -> torch.Tensor:
+        return found.index_fill(0, torch.tensor([1]), float("nan"))
+
+    with torch.inference_mode():
+        for row in rows:
+            passes.join(row)
+            _prefill(passes, row)
+            _feed(passes, row, ids[0])
+        handle = embed.register_forward_hook(broken)
+        found = passes.decode(rows)
+        handle.remove()
+        assert [bool(found[row].isnan().any()) for row in rows] == [False, True, False]
+        passes.leave(rows[1:2] if moved else rows[:0:-1])
+        later = rows[2] if moved else _row(_prompt(tokenizers, "llama", gates))
+        if not moved:
+            passes.join(later)
+            _prefill(passes, later)
+        _feed(passes, later, ids[1 if moved else 0])
+        logits = passes.decode([later])[later]
+    expected = _whole(model, tokenizers, "llama", gates, ids[: 2 if moved else 1])[-1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_writer_that_fails_fails_its_own_rows_alone(passes, model, tokenizers, monkeypatch):
