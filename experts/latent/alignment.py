@@ -90,14 +90,16 @@ class MemberTokenizer:
         """Whether both give the same tokens for every text."""
         return self._described == other._described
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> PromptTokens:
+    def chat(
+        self, messages: Sequence[Message], options: Mapping[str, Any] | None = None
+    ) -> PromptTokens:
         """A conversation, up to where the assistant begins.
 
         Args:
             messages: The conversation.
-            options: Passed to the chat template.
+            options: For the chat template.
         """
-        rendered = self._reader.render(messages, **options)
+        rendered = self._reader.render(messages, options)
         return self._located(rendered, [message.text for message in messages], special=False)
 
     def text(self, text: str) -> PromptTokens:

@@ -16,6 +16,7 @@ from experts.config import LatentExpertConfig, cards_of
 from experts.errors import ExpertConfigError, ExpertUnavailableError, InvalidRequestError
 from experts.in_process import InProcessEngine, InProcessExpert, RowMaker, extra_field
 from experts.latent.alignment import PromptTokens, first_views
+from experts.prompts import template_options
 from experts.types import ChatRequest
 
 if TYPE_CHECKING:
@@ -188,8 +189,7 @@ class LatentEngine(InProcessEngine[LatentExpert]):
         """Each prompt of a request as an expert reads it."""
         tokenizer = self._tokenizers[name]
         if isinstance(request, ChatRequest):
-            options = extra_field(request, "chat_template_kwargs") or {}
-            return [tokenizer.chat(request.messages, **options)]
+            return [tokenizer.chat(request.messages, template_options(request))]
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         return [tokenizer.text(prompt) for prompt in prompts]
 

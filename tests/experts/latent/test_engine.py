@@ -171,6 +171,13 @@ async def test_malformed_peers_are_refused(shared, peers, reason):
     assert caught.value.param == "peers"
 
 
+@pytest.mark.parametrize("options", ["x", {"chat_template": "x"}, {"return_tensors": "pt"}])
+async def test_template_options_are_checked(shared, options):
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        await _ask(shared.experts()["general"], chat_template_kwargs=options, peers={"maths": 0.3})
+    assert caught.value.param == "chat_template_kwargs"
+
+
 async def test_peers_may_take_all_the_weight(shared):
     peers = {"maths": 0.7, "other": 0.3}
     assert (await _ask(shared.experts()["general"], peers=peers)).choices[0].peers == peers
