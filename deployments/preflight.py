@@ -7,12 +7,14 @@ import os
 import socket
 
 from experts.config import (
+    ExpertConfig,
     LatentExpertConfig,
     RetrieverExpertConfig,
     TransformersExpertConfig,
     VLLMExpertConfig,
 )
 from experts.errors import ExpertConfigError
+from experts.latent.artefact import read_latent
 from experts.memory import available_bytes
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from orchestrator.config import CollegiumConfig, ConfigError
@@ -57,25 +59,31 @@ def check_weights(config: CollegiumConfig) -> None:
     """Make sure that local weights, adapters and indexes exist; hubs are not asked.
 
     Raises:
-        ConfigError: A path does not exist.
+        ConfigError: A path does not exist, or a latent collaboration is one of other experts.
     """
     for entry in config.experts:
-        if isinstance(entry, RetrieverExpertConfig):
-            references = [entry.index]
-        elif isinstance(entry, LatentExpertConfig):
-            models = [reference for member in entry.members for reference in _local(member.model)]
-            adapters = [member.adapter for member in entry.members if member.adapter]
-            references = [entry.artefact, *models, *adapters]
-        elif isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
-            adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
-            references = [*_local(entry.model), *adapters]
-        else:
-            continue
-        for reference in references:
-            try:
+        try:
+            for reference in _references(entry):
                 resolve_path(reference)
-            except ExpertConfigError as error:
-                raise ConfigError(f"expert {entry.name!r}: {error}") from error
+            if isinstance(entry, LatentExpertConfig):
+                names = [member.name for member in entry.members]
+                read_latent(resolve_path(entry.artefact), names)
+        except ExpertConfigError as error:
+            raise ConfigError(f"expert {entry.name!r}: {error}") from error
+
+
+def _references(entry: ExpertConfig) -> list[str]:
+    """What an entry names of this machine's files."""
+    if isinstance(entry, RetrieverExpertConfig):
+        return [entry.index]
+    if isinstance(entry, LatentExpertConfig):
+        models = [reference for member in entry.members for reference in _local(member.model)]
+        adapters = [member.adapter for member in entry.members if member.adapter]
+        return [entry.artefact, *models, *adapters]
+    if isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
+        adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
+        return [*_local(entry.model), *adapters]
+    return []
 
 
 def _local(model: str) -> list[str]:

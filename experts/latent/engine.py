@@ -64,9 +64,10 @@ class LatentEngine(InProcessEngine[LatentExpert]):
 
         self.config = config
         folder = resolve_path(config.artefact)
+        manifest = read_latent(folder, [member.name for member in config.members])
         members = load_members(
             config.members,
-            n_stacks=read_latent(folder).n_stacks,
+            n_stacks=manifest.n_stacks,
             dtype=config.dtype,
             device=config.device,
             cached_tokens=config.max_batch_size * config.default_max_tokens,

@@ -85,6 +85,17 @@ def test_doctor_names_what_members_lack(entry, tmp_path):
     assert "'/nowhere/thoughts'" in _doctor(tmp_path, unlearnt)["weights"]["found"]
 
 
+def test_doctor_tells_a_collaboration_of_other_experts(entry, tmp_path):
+    first, *others = entry["members"]
+    renamed = {**entry, "members": [{**first, "name": "sums"}, *others]}
+    assert (
+        "was trained for the experts general, maths, extract, not for sums, maths, extract"
+        in _doctor(tmp_path, renamed)["weights"]["found"]
+    )
+    empty = {**entry, "artefact": str(tmp_path)}
+    assert "latent.json is missing" in _doctor(tmp_path, empty)["weights"]["found"]
+
+
 async def test_the_deployment_answers_for_every_member(entry):
     server = Server(parse_config({"experts": [entry]}).experts[0].model_dump(mode="json"))
     try:
