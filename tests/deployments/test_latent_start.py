@@ -36,9 +36,10 @@ def _content(*entries: dict[str, Any], experts: list[str] | None = None) -> dict
     }
 
 
-def _doctor(tmp_path: Path, entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _doctor(tmp_path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     file = tmp_path / "config.yaml"
-    file.write_text(json.dumps({"experts": [entry], "server": {"port": 0}}))
+    content = content if "experts" in content else {"experts": [content]}
+    file.write_text(json.dumps({**content, "server": {"port": 0}}))
     result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--json"])
     return {row["what"]: row for row in json.loads(result.output)}
 
@@ -94,6 +95,12 @@ def test_doctor_tells_a_collaboration_of_other_experts(entry, tmp_path):
     )
     empty = {**entry, "artefact": str(tmp_path)}
     assert "latent.json is missing" in _doctor(tmp_path, empty)["weights"]["found"]
+
+
+def test_doctor_tells_routes_whose_router_knows_others(entry, tmp_path):
+    content = _content(entry, {"name": "other", "engine": "scripted"})
+    found = _doctor(tmp_path, content)["routers"]["found"]
+    assert "'general', 'maths', 'extract', 'other' are not" in found
 
 
 async def test_the_deployment_answers_for_every_member(entry):
