@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from experts.types import Chunk
 from orchestrator.cli import main
 from orchestrator.config import ConfigError, load_config, parse_config
 from tests.deployments.latent_pool import MEMBERS, Server, latent_entry
+from tests.deployments.service import ROOT
 from tests.orchestrator.support import chat_request
 
 pytest.importorskip("experts.latent.engine")
@@ -73,6 +76,17 @@ def test_members_that_do_not_fit_are_refused_with_figures(entry, monkeypatch):
     monkeypatch.setattr(preflight, "available_bytes", lambda: 1.5 * 2**30)
     with pytest.raises(ConfigError, match=r"at least 2\.0 GiB of memory, 1\.5 GiB are available"):
         preflight.check_memory(parse_config({"experts": [entry]}))
+
+
+def test_the_memory_check_leaves_no_torch_behind(entry, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"experts": [entry]}))
+    script = (
+        "import sys; from deployments.preflight import needed_gib; "
+        "from orchestrator.config import load_config; "
+        f"assert needed_gib(load_config({str(file)!r})) > 2.01; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=ROOT)
 
 
 def test_doctor_names_what_members_lack(entry, tmp_path):
