@@ -40,7 +40,7 @@ def findings(file: str | None) -> list[dict[str, Any]]:
         _checked("memory", lambda: check_memory(config), _memory(config)),
         _port("port", "server.port", config.server.host, config.server.port),
         _port("dashboard", "ray.dashboard_port", "127.0.0.1", config.ray.dashboard_port),
-        _checked("routers", lambda: _load_routers(config), "all artefacts can be loaded"),
+        _checked("routers", lambda: _open_routes(config), "all load, and go with their routes"),
     ]
     return rows
 
@@ -99,7 +99,7 @@ def _port(what: str, setting: str, host: str, port: int) -> dict[str, Any]:
     return _checked(what, lambda: check_port(setting, host, port), f"{host}:{port} is free")
 
 
-def _load_routers(config: CollegiumConfig) -> None:
-    from orchestrator.core import load_routers
+def _open_routes(config: CollegiumConfig) -> None:
+    from orchestrator.core import Orchestrator, load_routers
 
-    load_routers(config)
+    Orchestrator(config, {}, load_routers(config))

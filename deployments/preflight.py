@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
+import subprocess
+import sys
+from functools import cache
 
 from experts.config import (
+    ExpertConfig,
     LatentExpertConfig,
     RetrieverExpertConfig,
     TransformersExpertConfig,
     VLLMExpertConfig,
 )
 from experts.errors import ExpertConfigError
+from experts.latent.artefact import read_latent
+from experts.latent.config import MemberConfig
 from experts.memory import available_bytes
 from experts.paths import PACKAGE_PREFIX, resolve_path
 from orchestrator.config import CollegiumConfig, ConfigError
@@ -57,25 +64,31 @@ def check_weights(config: CollegiumConfig) -> None:
     """Make sure that local weights, adapters and indexes exist; hubs are not asked.
 
     Raises:
-        ConfigError: A path does not exist.
+        ConfigError: A path does not exist, or a latent collaboration is one of other experts.
     """
     for entry in config.experts:
-        if isinstance(entry, RetrieverExpertConfig):
-            references = [entry.index]
-        elif isinstance(entry, LatentExpertConfig):
-            models = [reference for member in entry.members for reference in _local(member.model)]
-            adapters = [member.adapter for member in entry.members if member.adapter]
-            references = [entry.artefact, *models, *adapters]
-        elif isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
-            adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
-            references = [*_local(entry.model), *adapters]
-        else:
-            continue
-        for reference in references:
-            try:
+        try:
+            for reference in _references(entry):
                 resolve_path(reference)
-            except ExpertConfigError as error:
-                raise ConfigError(f"expert {entry.name!r}: {error}") from error
+            if isinstance(entry, LatentExpertConfig):
+                names = [member.name for member in entry.members]
+                read_latent(resolve_path(entry.artefact), names)
+        except ExpertConfigError as error:
+            raise ConfigError(f"expert {entry.name!r}: {error}") from error
+
+
+def _references(entry: ExpertConfig) -> list[str]:
+    """What an entry names of this machine's files."""
+    if isinstance(entry, RetrieverExpertConfig):
+        return [entry.index]
+    if isinstance(entry, LatentExpertConfig):
+        models = [reference for member in entry.members for reference in _local(member.model)]
+        adapters = [member.adapter for member in entry.members if member.adapter]
+        return [entry.artefact, *models, *adapters]
+    if isinstance(entry, VLLMExpertConfig | TransformersExpertConfig):
+        adapters = [adapter.path for adapter in entry.adapters if "://" not in adapter.path]
+        return [*_local(entry.model), *adapters]
+    return []
 
 
 def _local(model: str) -> list[str]:
@@ -93,21 +106,30 @@ def needed_gib(config: CollegiumConfig) -> float:
             billions = entry.total_params_b or 0.0
             total += ENGINE_GIB[entry.engine] + billions * 1e9 * BYTES_PER_PARAMETER / 2**30
         elif isinstance(entry, LatentExpertConfig):
-            total += ENGINE_GIB["latent"] + _members_gib(entry)
+            total += ENGINE_GIB["latent"]
+            if entry.device == "cpu":
+                total += _members_gib(entry.members, entry.dtype)
     return total
 
 
-def _members_gib(entry: LatentExpertConfig) -> float:
-    """Weights of a latent engine's members on this machine; of those on a hub nothing is known."""
-    if entry.device != "cpu":
-        return 0.0
-    from experts.latent.members import needed_bytes
+# In this process torch would take half a GiB for as long as the service runs.
+_COUNT = """
+import json, sys
+from experts.latent.config import MemberConfig
+from experts.latent.members import needed_bytes
+members = [MemberConfig(**member) for member in json.load(sys.stdin)]
+print(sum(needed_bytes(members, sys.argv[1]).values()))
+"""
 
-    local = [member for member in entry.members if _local(member.model)]
-    try:
-        return sum(needed_bytes(local, entry.dtype).values()) / 2**30
-    except ExpertConfigError:
-        return 0.0  # who loads them says what is wrong with them
+
+@cache
+def _members_gib(members: tuple[MemberConfig, ...], dtype: str) -> float:
+    """Weights of a latent engine's members on this machine; of those on a hub nothing is known."""
+    local = json.dumps([member.model_dump() for member in members if _local(member.model)])
+    command = [sys.executable, "-c", _COUNT, dtype]
+    counted = subprocess.run(command, input=local, capture_output=True, text=True, check=False)
+    # Who loads them says what is wrong with them.
+    return int(counted.stdout) / 2**30 if counted.returncode == 0 else 0.0
 
 
 def check_memory(config: CollegiumConfig) -> None:

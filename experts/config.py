@@ -52,8 +52,8 @@ class DeploymentConfig(_Strict):
     num_cpus: float = Field(default=0.0, ge=0)
     """CPU cores reserved per replica. 0 reserves none, so that a small machine can host all."""
     num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs reserved per replica, for the transformers engine. vLLM experts take theirs from
-    ``tensor_parallel_size`` and ``llm_config.placement_group_config``."""
+    """GPUs reserved per replica, for the engines transformers and latent. vLLM experts take theirs
+    from ``tensor_parallel_size`` and ``llm_config.placement_group_config``."""
     memory_gib: float | None = Field(default=None, gt=0)
     """Memory reserved per replica in GiB; checked before loading."""
     ray_actor_options: dict[str, Any] = Field(default_factory=dict)

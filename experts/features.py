@@ -14,9 +14,12 @@ _IMAGE_PARTS = frozenset({"image", "image_url", "input_image"})
 def required_features(request: AnyRequest) -> dict[Capability, str]:
     """Capabilities the request needs, each with the field that asks for it."""
     needed: dict[Capability, str] = {}
-    extra = request.model_extra
-    if extra and ("guided_choice" in extra or "choice" in (extra.get("structured_outputs") or ())):
-        needed["choice"] = "guided_choice" if "guided_choice" in extra else "structured_outputs"
+    extra = request.model_extra or {}
+    shape = extra.get("structured_outputs")
+    if "guided_choice" in extra:
+        needed["choice"] = "guided_choice"
+    elif isinstance(shape, dict) and "choice" in shape:
+        needed["choice"] = "structured_outputs"
     if not isinstance(request, ChatRequest):
         needed["completion"] = "prompt"
         if request.logprobs is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,15 @@ def save_latent(
     return manifest
 
 
-def read_latent(folder: Path) -> LatentManifest:
+def read_latent(folder: Path, names: Collection[str] = ()) -> LatentManifest:
     """Read the manifest alone.
 
+    Args:
+        folder: Where it is.
+        names: The experts that it must be for; none takes any.
+
     Raises:
-        ExpertConfigError: It is missing, malformed, or of another format.
+        ExpertConfigError: It is missing, malformed, of another format, or for other experts.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -101,6 +105,12 @@ def read_latent(folder: Path) -> LatentManifest:
             f"{file} has format version {manifest.format_version}; this version of collegium "
             f"reads {FORMAT_VERSION}: train it again"
         )
+    trained = [member.name for member in manifest.members]
+    if names and set(names) != set(trained):
+        raise ExpertConfigError(
+            f"{folder} was trained for the experts {', '.join(trained)}, not for "
+            f"{', '.join(names)}; name the same ones, or train it again"
+        )
     return manifest
 
 
@@ -115,8 +125,8 @@ def load_latent(folder: Path, members: Mapping[str, Member]) -> LatentModel:
 
     from experts.latent.model import LatentModel
 
-    manifest = read_latent(folder)
-    _check_members(folder, manifest, members)
+    manifest = read_latent(folder, members)
+    _check_revisions(folder, manifest, members)
     try:
         data = (folder / WEIGHTS).read_bytes()
     except OSError as error:
@@ -133,18 +143,13 @@ def load_latent(folder: Path, members: Mapping[str, Member]) -> LatentModel:
     return model.eval().requires_grad_(False)
 
 
-def _check_members(folder: Path, manifest: LatentManifest, members: Mapping[str, Member]) -> None:
-    trained = {member.name: member.revision for member in manifest.members}
-    if trained.keys() != members.keys():
-        raise ExpertConfigError(
-            f"{folder} was trained for the experts {', '.join(trained)}, not for "
-            f"{', '.join(members)}; name the same ones, or train it again"
-        )
-    for name, member in members.items():
-        if member.revision != trained[name]:
+def _check_revisions(folder: Path, manifest: LatentManifest, members: Mapping[str, Member]) -> None:
+    for trained in manifest.members:
+        found = members[trained.name].revision
+        if found != trained.revision:
             raise ExpertConfigError(
-                f"{folder} was trained for other weights of {name!r} ({trained[name]}) than these "
-                f"({member.revision}); use those, or train it again"
+                f"{folder} was trained for other weights of {trained.name!r} ({trained.revision}) "
+                f"than these ({found}); use those, or train it again"
             )
 
 

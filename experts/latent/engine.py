@@ -62,9 +62,10 @@ class LatentEngine(InProcessEngine[LatentExpert]):
 
         self.config = config
         folder = resolve_path(config.artefact)
+        manifest = read_latent(folder, [member.name for member in config.members])
         members = load_members(
             config.members,
-            n_stacks=read_latent(folder).n_stacks,
+            n_stacks=manifest.n_stacks,
             dtype=config.dtype,
             device=config.device,
             cached_tokens=config.max_batch_size * config.default_max_tokens,
@@ -128,19 +129,19 @@ class LatentEngine(InProcessEngine[LatentExpert]):
         self.check_hosted(name)
         maker, gates = self._makers[name], self._gates(name, request)
         id_lists = maker.read(expert.card, request)
-        prompts: list[LatentPrompt] = (
-            self._heard(name, request, gates)
-            if gates
-            else [LatentPrompt(ids, writer=name) for ids in id_lists]
-        )
+        if gates:
+            prompts = self._heard(name, request, gates)
+        else:
+            nobody: dict[str, HeardPrompt] | None = None if gates is None else {}
+            prompts = [LatentPrompt(ids, writer=name, peers=nobody) for ids in id_lists]
         rows = await maker.rows(expert.card, request, prompts, pieces)
         return rows, sum(map(len, id_lists))
 
-    def _gates(self, writer: str, request: AnyRequest) -> dict[str, float]:
-        """The field ``peers`` of a request, checked; empty if there is none."""
+    def _gates(self, writer: str, request: AnyRequest) -> dict[str, float] | None:
+        """The field ``peers`` of a request, checked; none if it is not there."""
         peers = extra_field(request, "peers")
         if peers is None:
-            return {}
+            return None
         if not isinstance(peers, Mapping) or not all(map(_is_gate, peers.values())):
             raise InvalidRequestError(
                 "peers must map names of experts to gates above 0 and at most 1", "peers"

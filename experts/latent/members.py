@@ -180,7 +180,7 @@ def _check_memory(needed: Mapping[str, int], device: str) -> None:
         raise ExpertConfigError(
             f"{len(needed)} experts take {total / GIB:.2f} GiB ({each}), but only "
             f"{free / GIB:.2f} GiB of {device} are free; host fewer or smaller experts together, "
-            "with a smaller dtype or max_batch_size"
+            "with a smaller dtype, max_batch_size or default_max_tokens"
         )
 
 

@@ -133,7 +133,7 @@ def hosted_together(entries: Iterable[ExpertConfig], names: Iterable[str]) -> bo
 def check_hosting(
     route: str, strategy: Strategy, names: Sequence[str], entries: Iterable[ExpertConfig]
 ) -> None:
-    """Make sure that a route's experts can listen to each other where its strategy has them do so.
+    """Make sure that experts of a latent strategy can listen to each other, its writer among them.
 
     Args:
         route: Name of the route.
@@ -142,7 +142,7 @@ def check_hosting(
         entries: All experts of the config.
 
     Raises:
-        ValueError: Not all are members of one engine.
+        ValueError: Not all are members of one engine, or the writer is none of them.
     """
     if not isinstance(strategy, LatentStrategy) or not names:
         return
@@ -151,4 +151,9 @@ def check_hosting(
             f"the strategy 'latent' of route {route!r} needs experts that one entry with engine "
             f"'latent' hosts together, which {', '.join(map(repr, names))} are not; list only "
             "members of one under the route's 'experts'"
+        )
+    if strategy.writer is not None and strategy.writer not in names:
+        raise ValueError(
+            f"the writer {strategy.writer!r} of route {route!r} is none of its experts: "
+            f"{', '.join(map(repr, names))}"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from experts.types import Chunk
 from orchestrator.cli import main
 from orchestrator.config import ConfigError, load_config, parse_config
 from tests.deployments.latent_pool import MEMBERS, Server, latent_entry
+from tests.deployments.service import ROOT
 from tests.orchestrator.support import chat_request
 
 pytest.importorskip("experts.latent.engine")
@@ -36,9 +39,10 @@ def _content(*entries: dict[str, Any], experts: list[str] | None = None) -> dict
     }
 
 
-def _doctor(tmp_path: Path, entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _doctor(tmp_path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     file = tmp_path / "config.yaml"
-    file.write_text(json.dumps({"experts": [entry], "server": {"port": 0}}))
+    content = content if "experts" in content else {"experts": [content]}
+    file.write_text(json.dumps({**content, "server": {"port": 0}}))
     result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--json"])
     return {row["what"]: row for row in json.loads(result.output)}
 
@@ -74,6 +78,17 @@ def test_members_that_do_not_fit_are_refused_with_figures(entry, monkeypatch):
         preflight.check_memory(parse_config({"experts": [entry]}))
 
 
+def test_the_memory_check_leaves_no_torch_behind(entry, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"experts": [entry]}))
+    script = (
+        "import sys; from deployments.preflight import needed_gib; "
+        "from orchestrator.config import load_config; "
+        f"assert needed_gib(load_config({str(file)!r})) > 2.01; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=ROOT)
+
+
 def test_doctor_names_what_members_lack(entry, tmp_path):
     assert _doctor(tmp_path, entry)["weights"]["ok"]
     first, *others = entry["members"]
@@ -83,6 +98,23 @@ def test_doctor_names_what_members_lack(entry, tmp_path):
     assert "memory" in rows
     unlearnt = {**entry, "artefact": "/nowhere/thoughts"}
     assert "'/nowhere/thoughts'" in _doctor(tmp_path, unlearnt)["weights"]["found"]
+
+
+def test_doctor_tells_a_collaboration_of_other_experts(entry, tmp_path):
+    first, *others = entry["members"]
+    renamed = {**entry, "members": [{**first, "name": "sums"}, *others]}
+    assert (
+        "was trained for the experts general, maths, extract, not for sums, maths, extract"
+        in _doctor(tmp_path, renamed)["weights"]["found"]
+    )
+    empty = {**entry, "artefact": str(tmp_path)}
+    assert "latent.json is missing" in _doctor(tmp_path, empty)["weights"]["found"]
+
+
+def test_doctor_tells_routes_whose_router_knows_others(entry, tmp_path):
+    content = _content(entry, {"name": "other", "engine": "scripted"})
+    found = _doctor(tmp_path, content)["routers"]["found"]
+    assert "'general', 'maths', 'extract', 'other' are not" in found
 
 
 async def test_the_deployment_answers_for_every_member(entry):

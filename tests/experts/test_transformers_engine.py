@@ -195,6 +195,9 @@ async def test_choice_is_kept_to(smol, fields):
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
     ],
 )
 async def test_malformed_and_unsupported_fields_are_named(smol, fields, param):

@@ -339,6 +339,18 @@ def test_experts_that_only_the_router_knows_are_checked_too():
     build(parse_config(content))
 
 
+def test_who_always_writes_is_one_of_the_routes_experts():
+    content = content_of({"type": "latent", "writer": "small"})
+    build(parse_config(content))
+    content["routes"]["auto"]["experts"] = ["large", "medium"]
+    with pytest.raises(ConfigError, match="writer 'small' of route 'auto' is none of its experts"):
+        parse_config(content)
+    content["routes"]["auto"]["experts"] = None
+    del content["routers"]["table"]["quality"]["small"]
+    with pytest.raises(ConfigError, match="none of its experts: 'medium', 'large'"):
+        build(parse_config(content))
+
+
 def test_hosted_together():
     entries: list[ExpertConfig] = [
         *(ScriptedExpertConfig(name=name, engine="scripted") for name in "ab"),

@@ -61,6 +61,10 @@ def test_prompt_tokens_are_estimated_over_the_whole_conversation():
         ({"response_format": SCHEMA}, {"chat", "json_schema"}),
         ({"logprobs": True}, {"chat", "logprobs"}),
         ({"messages": [user([IMAGE])]}, {"chat", "images"}),
+        ({"structured_outputs": {"choice": ["a"]}}, {"chat", "choice"}),
+        # Engines say what is wrong with these.
+        ({"structured_outputs": 5}, {"chat"}),
+        ({"structured_outputs": True}, {"chat"}),
     ],
 )
 def test_chat_requests_say_what_they_need(fields, needed):
