@@ -5,6 +5,7 @@ Knows tensors only: neither models nor texts. Imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,13 @@ __all__ = ["NEVER", "Interaction", "Memory", "Scale"]
 NEVER = torch.iinfo(torch.long).max // 2
 """A position of the writer that it never reaches: entries from there on are not there."""
 
+# Optimisers move each parameter by about the learning rate: a single one that acts on all
+# dimensions has to act that much more, or it comes too late.
+_GAIN = 100.0
+
+# Powers of two that heads' slopes begin with, per token.
+_STEEPEST, _FLATTEST = 3.0, -4.0
+
 # Tokens that look like no other say no more than others do.
 _MOST = 8.0
 
@@ -25,7 +33,8 @@ class Memory:
 
     Attributes:
         keys: Shape (n_rows, n_heads, n_entries, head_size).
-        values: Same shape, already multiplied by their expert's gate.
+        values: Already multiplied by their expert's gate, which is the last number of each; shape
+            (n_rows, n_heads, n_entries, head_size + 1).
         seen_from: The writer's position from which each entry may be seen, shape (n_rows,
             n_entries); ``NEVER`` where there is none.
     """
@@ -98,20 +107,25 @@ class Interaction(nn.Module):
     With states H_m of expert m, gates w_m and a writer p, in a space of ``width`` dimensions:
 
         P_m = In_m scaled_m(H_m)
-        A   = softmax(W_q P_p (W_k P_m)^T / sqrt(d) - slope * distance + mask) (w_m W_v P_m)
-        H_p <- H_p + unscaled_p(Out_p W_o A)
+        A   = softmax(W_q P_p (W_k P_m)^T / sqrt(d) - slope * distance + mask) w_m W_v (P_m - P_p)
+        H_p <- H_p + unscaled_p((Out_p + gain_p In_p^T) W_o A)
 
     The softmax runs over the tokens of all experts together, the writer's own included. The mask
     and the distance are in positions of the writer: an entry is seen from the writer's first token
-    that ends no earlier in the text than the entry does. Behind the gates nothing has a bias, so
-    gates of zero leave H_p as it is, bit for bit; ``Out`` begins as zero, so an untrained layer
-    does as well.
+    that ends no earlier in the text than the entry does. What is passed on is how another thought
+    differs from the writer's at the token that asks, so experts that agree say nothing. Behind the
+    gates nothing has a bias, so gates of zero leave H_p as it is, bit for bit; ``Out`` and ``gain``
+    begin as zero, so an untrained layer does as well.
+
+    Experts whose states have one size begin with the same ``In``, which gain turns back: adapters
+    of one base speak one language, and the first thing to be learnt is one number, how far to go
+    over to the others.
 
     References:
         "Mixture of Thoughts" (arXiv:2509.21164). Departs from it in gating the values, in attending
         over peers' tokens at their own length, in the distance (Press et al., ALiBi,
-        arXiv:2108.12409, with learned slopes), in scaling states by measured moments instead of a
-        learned LayerNorm, and in leaving peers' states as they are.
+        arXiv:2108.12409, with learned slopes), in passing on differences, in scaling states by
+        measured moments instead of a learned LayerNorm, and in leaving peers' states as they are.
 
     Args:
         widths: Size of each expert's hidden states, by name.
@@ -126,24 +140,27 @@ class Interaction(nn.Module):
         self._places = {name: str(place) for place, name in enumerate(widths)}
         places = dict(zip(self._places.values(), widths.values(), strict=True))
         self.scale = nn.ModuleDict({p: Scale(size) for p, size in places.items()})
-        self.into = nn.ModuleDict(
-            {p: nn.Linear(size, width, bias=False) for p, size in places.items()}
-        )
-        self.out = nn.ModuleDict(
-            {p: nn.Linear(width, size, bias=False) for p, size in places.items()}
-        )
+        into = {p: nn.Linear(size, width, bias=False) for p, size in places.items()}
+        out = {p: nn.Linear(width, size, bias=False) for p, size in places.items()}
+        self.into, self.out = nn.ModuleDict(into), nn.ModuleDict(out)
         self.query, self.key, self.value, self.mix = (
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
+        self.gain = nn.ParameterDict({p: nn.Parameter(torch.zeros(())) for p in places})
         # From heads that look at what was said just now to heads that look at all alike.
-        slopes = torch.tensor([2.0 ** (-8.0 * head / n_heads) for head in range(n_heads)])
-        self.slope = nn.Parameter(slopes.log())
-        for name, weight in self.named_parameters():
-            if name.startswith("out."):
-                nn.init.zeros_(weight)
-            elif weight.ndim > 1:
-                # Keeps the size of what passes, which torch's own choice shrinks each time.
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        exponents = torch.linspace(_STEEPEST, _FLATTEST, n_heads)
+        self.slope = nn.Parameter(exponents * math.log(2))
+        alike: dict[int, torch.Tensor] = {}
+        for linear in into.values():
+            nn.init.orthogonal_(linear.weight)
+            start = alike.setdefault(linear.in_features, linear.weight.detach())
+            linear.weight.data.copy_(start)
+        for linear in out.values():
+            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.query.weight)  # distance alone decides
+        nn.init.normal_(self.key.weight, std=width**-0.5)
+        nn.init.eye_(self.value.weight)
+        nn.init.eye_(self.mix.weight)
 
     def scale_of(self, name: str) -> Scale:
         """The scale of an expert's states."""
@@ -164,8 +181,9 @@ class Interaction(nn.Module):
                 n_tokens).
         """
         shared = self._shared(name, states)
-        values = self._heads(self.value(shared)) * gate.to(shared)[:, None, None, None]
-        return Memory(self._heads(self.key(shared)), values, seen_from)
+        values, weight = self._heads(self.value(shared)), gate.to(shared)[:, None, None, None]
+        gated = torch.cat([values * weight, weight.expand(*values.shape[:-1], 1)], -1)
+        return Memory(self._heads(self.key(shared)), gated, seen_from)
 
     def forward(
         self, name: str, states: torch.Tensor, positions: torch.Tensor, memory: Memory
@@ -178,16 +196,20 @@ class Interaction(nn.Module):
             positions: Where these tokens stand, shape (n_rows, n_tokens).
             memory: What may be seen; holds these tokens too.
         """
-        query = self._heads(self.query(self._shared(name, states)))
+        shared = self._shared(name, states)
+        query, own = self._heads(self.query(shared)), self._heads(self.value(shared))
         distance = positions[:, :, None] - memory.seen_from[:, None, :]
         bias = -self.slope.exp()[:, None, None] * distance.clamp(min=0)[:, None].to(query)
         bias = bias.masked_fill((distance < 0)[:, None], float("-inf"))
         attended = functional.scaled_dot_product_attention(
             query, memory.keys, memory.values, attn_mask=bias
         )
-        mixed = self.mix(attended.transpose(1, 2).flatten(2))
-        message = self.scale_of(name).back(self.out[self._places[name]](mixed))
-        return message.to(states.dtype)
+        others, weight = attended[..., :-1], attended[..., -1:]
+        mixed = self.mix((others - weight * own).transpose(1, 2).flatten(2))
+        place = self._places[name]
+        gain = _GAIN * self.gain[place]
+        message = self.out[place](mixed) + gain * (mixed @ self.into[place].weight)
+        return self.scale_of(name).back(message).to(states.dtype)
 
     def _shared(self, name: str, states: torch.Tensor) -> torch.Tensor:
         shared: torch.Tensor = self.into[self._places[name]](self.scale_of(name)(states))

@@ -478,9 +478,9 @@ class _Memories:
         self.capacity = 0
         heads, size = model.n_heads, model.width // model.n_heads
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
-        shape = (len(model.interactions), n_slots, heads, 0, size)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (len(model.interactions), n_slots, heads, 0)
+        self._keys = torch.zeros((*shape, size), dtype=dtype, device=device)
+        self._values = torch.zeros((*shape, size + 1), dtype=dtype, device=device)
         self._seen_from = torch.zeros((n_slots, 0), dtype=torch.long, device=device)
 
     def put(self, boundary: int, slots: list[int], starts: list[int], new: Memory) -> None:

@@ -23,7 +23,7 @@ def interaction_parameters(
         n_stacks: Into how many stacks experts are cut.
     """
     ways_in = width * sum(widths.values())
-    ways_out = sum(widths[name] * width for name in writers)
+    ways_out = sum(widths[name] * width + 1 for name in writers)
     return (n_stacks - 1) * (ways_in + ways_out + 4 * width**2 + n_heads)
 
 

@@ -160,8 +160,8 @@ def test_the_table_teaches_the_router_who_is_right(make, members, table, tmp_pat
     assert router.models == list(NAMES)
     quality = router.predict([Query(key) for key in KNOWN], NAMES).quality
     assert (quality.argmax(axis=1) == 1).mean() > 0.9
-    # Who is right writes, and needs nobody.
-    assert manifest.loss < 0.5 * manifest.loss_before
+    # Who is right writes, and needs nobody: the table is learnt from before anything else.
+    assert manifest.loss_before < 0.1
     writers = [next(iter(row["after"]["gates"])) for row in _held_out(tmp_path / "out")]
     assert writers.count("sage") > 0.9 * len(writers)
 
