@@ -19,10 +19,13 @@ NEVER = torch.iinfo(torch.long).max // 2
 
 # Optimisers move each parameter by about the learning rate: a single one that acts on all
 # dimensions has to act that much more, or it comes too late.
-_GAIN = 100.0
+_GAIN = 200.0
 
 # Powers of two that heads' slopes begin with, per token.
 _STEEPEST, _FLATTEST = 3.0, -4.0
+
+# Nobody counts less than this, so that something can be seen from everywhere.
+_LEAST = 1e-6
 
 # Tokens that look like no other say no more than others do.
 _MOST = 8.0
@@ -33,8 +36,8 @@ class Memory:
 
     Attributes:
         keys: Shape (n_rows, n_heads, n_entries, head_size).
-        values: Already multiplied by their expert's gate, which is the last number of each; shape
-            (n_rows, n_heads, n_entries, head_size + 1).
+        values: Shape (n_rows, n_heads, n_entries, head_size + 1); the last number of each is its
+            expert's gate.
         seen_from: The writer's position from which each entry may be seen, shape (n_rows,
             n_entries); ``NEVER`` where there is none.
     """
@@ -43,6 +46,11 @@ class Memory:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, seen_from: torch.Tensor) -> None:
         self.keys, self.values, self.seen_from = keys, values, seen_from
+
+    @property
+    def gates(self) -> torch.Tensor:
+        """How much the expert of each entry counts, shape (n_rows, n_entries)."""
+        return self.values[:, 0, :, -1]
 
     def __add__(self, other: Memory) -> Memory:
         """Entries of both."""
@@ -107,22 +115,24 @@ class Interaction(nn.Module):
     With states H_m of expert m, gates w_m and a writer p, in a space of ``width`` dimensions:
 
         P_m = In_m scaled_m(H_m)
-        A   = softmax(W_q P_p (W_k P_m)^T / sqrt(d) - slope * distance + mask) w_m W_v (P_m - P_p)
+        A   = softmax(W_q P_p (W_k P_m)^T / sqrt(d) - slope * distance + log w_m + mask)
+              W_v (P_m - P_p)
         H_p <- H_p + unscaled_p((Out_p + gain_p In_p^T) W_o A)
 
-    The softmax runs over the tokens of all experts together, the writer's own included. The mask
+    The softmax runs over the tokens of all experts together, the writer's own included, so gates
+    say how attention is shared before anything is known of what is said. If all are zero nothing is
+    said. The mask
     and the distance are in positions of the writer: an entry is seen from the writer's first token
     that ends no earlier in the text than the entry does. What is passed on is how another thought
-    differs from the writer's at the token that asks, so experts that agree say nothing. Behind the
-    gates nothing has a bias, so gates of zero leave H_p as it is, bit for bit; ``Out`` and ``gain``
-    begin as zero, so an untrained layer does as well.
+    differs from the writer's at the token that asks, so experts that agree say nothing. ``Out`` and
+    ``gain`` begin as zero, so an untrained layer leaves H_p as it is, bit for bit.
 
     Experts whose states have one size begin with the same ``In``, which gain turns back: adapters
     of one base speak one language, and the first thing to be learnt is one number, how far to go
     over to the others.
 
     References:
-        "Mixture of Thoughts" (arXiv:2509.21164). Departs from it in gating the values, in attending
+        "Mixture of Thoughts" (arXiv:2509.21164). Departs from it in gating attention, in attending
         over peers' tokens at their own length, in the distance (Press et al., ALiBi,
         arXiv:2108.12409, with learned slopes), in passing on differences, in scaling states by
         measured moments instead of a learned LayerNorm, and in leaving peers' states as they are.
@@ -181,9 +191,9 @@ class Interaction(nn.Module):
                 n_tokens).
         """
         shared = self._shared(name, states)
-        values, weight = self._heads(self.value(shared)), gate.to(shared)[:, None, None, None]
-        gated = torch.cat([values * weight, weight.expand(*values.shape[:-1], 1)], -1)
-        return Memory(self._heads(self.key(shared)), gated, seen_from)
+        values = self._heads(self.value(shared))
+        gates = gate.to(shared)[:, None, None, None].expand(*values.shape[:-1], 1)
+        return Memory(self._heads(self.key(shared)), torch.cat([values, gates], -1), seen_from)
 
     def forward(
         self, name: str, states: torch.Tensor, positions: torch.Tensor, memory: Memory
@@ -200,12 +210,14 @@ class Interaction(nn.Module):
         query, own = self._heads(self.query(shared)), self._heads(self.value(shared))
         distance = positions[:, :, None] - memory.seen_from[:, None, :]
         bias = -self.slope.exp()[:, None, None] * distance.clamp(min=0)[:, None].to(query)
+        bias = bias + memory.gates.clamp(min=_LEAST).log()[:, None, None]
         bias = bias.masked_fill((distance < 0)[:, None], float("-inf"))
         attended = functional.scaled_dot_product_attention(
             query, memory.keys, memory.values, attn_mask=bias
         )
-        others, weight = attended[..., :-1], attended[..., -1:]
-        mixed = self.mix((others - weight * own).transpose(1, 2).flatten(2))
+        said = (memory.gates > 0).any(1)[:, None, None, None]
+        differing = (attended[..., :-1] - own) * said
+        mixed = self.mix(differing.transpose(1, 2).flatten(2))
         place = self._places[name]
         gain = _GAIN * self.gain[place]
         message = self.out[place](mixed) + gain * (mixed @ self.into[place].weight)

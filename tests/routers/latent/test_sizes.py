@@ -14,7 +14,7 @@ def test_parameters_are_those_of_the_layers():
     sizes = {"width": 24, "n_heads": 4, "n_stacks": 2}
     assert interaction_parameters({"a": 48, "b": 32}, ["a", "b"], **sizes) == every
     # A peer that never writes needs no way back.
-    assert interaction_parameters({"a": 48, "b": 32}, ["a"], **sizes) == every - 24 * 32
+    assert interaction_parameters({"a": 48, "b": 32}, ["a"], **sizes) == every - 24 * 32 - 1
     assert interaction_parameters({"a": 48}, ["a"], width=24, n_heads=4, n_stacks=4) == 3 * (
         interaction_parameters({"a": 48}, ["a"], **sizes)
     )
