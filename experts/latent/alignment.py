@@ -13,7 +13,7 @@ equal to the writer's gives the writer's own tokens. Knows tokenizers only: no m
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,12 +62,28 @@ class PromptTokens:
 def first_views(writer: PromptTokens, peer: PromptTokens) -> list[int]:
     """The writer's first token from which each of a peer's tokens may be seen.
 
+    Tokens that end at the same place, as all that a template puts behind a message does, are paired
+    from the last: what a peer thinks where the answer begins is at hand just there, and not among
+    the others of its template.
+
     Examples:
         >>> whole = PromptTokens([1, 2, 3], [3, 6, 9], [3, 6, 9])
         >>> first_views(whole, PromptTokens([7, 8], [5, 9], [5, 9]))
         [1, 2]
+        >>> first_views(whole, PromptTokens([7, 8, 9], [9, 9, 9], [9, 9, 9]))
+        [2, 2, 2]
+        >>> first_views(PromptTokens([1, 2, 3], [9, 9, 9], [9, 9, 9]), whole)
+        [0, 0, 2]
     """
-    return [bisect_left(writer.looks, end) for end in peer.seen]
+    found = []
+    for number, end in enumerate(peer.seen):
+        first = bisect_left(writer.looks, end)
+        if first < len(writer.looks) and writer.looks[first] == end:
+            last = bisect_right(writer.looks, end) - 1
+            after = bisect_right(peer.seen, end) - 1 - number
+            first = max(first, last - after)
+        found.append(first)
+    return found
 
 
 class MemberTokenizer:

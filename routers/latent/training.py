@@ -336,12 +336,17 @@ class _Training:
         self.best_step = 0
 
     def _fit_scales(self, numbers: Sequence[int]) -> None:
-        """Measure what members' states look like on some texts."""
+        """Measure what members' states look like on some texts.
+
+        Adapters of one base are measured together: how they differ is what they have to say.
+        """
         if not len(self.model.interactions):
             return
         writer = self.names[self.writer or 0]
         alone = self.config.active == 1
-        for name in [writer] if alone and self.writer is not None else self.names:
+        found: dict[str, list[torch.Tensor]] = {}
+        names = [writer] if alone and self.writer is not None else self.names
+        for name in names:
             ids = [
                 self.reader.written(n, name if alone else writer).tokens[name].ids for n in numbers
             ]
@@ -350,7 +355,13 @@ class _Training:
             else:
                 self.store.prepare((name, tuple(one)) for one in ids)
                 states = [self.store.get(name, one) for one in ids]
-            self.model.fit_scales(name, states)
+            found.setdefault(self._base(name), []).extend(states)
+        for name in names:
+            self.model.fit_scales(name, found[self._base(name)])
+
+    def _base(self, name: str) -> str:
+        """What tells a member's base from others; its name if nothing does."""
+        return self.members[name].revision.partition("+")[0] or name
 
     def _listened(self) -> dict[str, int]:
         alone = self.config.active == 1 and self.writer is not None

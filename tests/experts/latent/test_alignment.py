@@ -36,6 +36,21 @@ def test_token_is_seen_from_the_first_that_ends_no_earlier():
     assert first_views(writer, peer) == [0, 1, 1, 2]
 
 
+def test_peer_with_the_same_tokens_is_seen_token_by_token(tokenizers):
+    """What it thinks where the answer begins must not be one of all that its template says."""
+    prompt = tokenizers["300"].chat(_chat("hello world", "so", "the quick fox"))
+    assert first_views(prompt, prompt) == list(range(len(prompt.ids)))
+
+
+def test_where_the_answer_begins_both_have_just_read_the_last_of_the_prompt(tokenizers):
+    for writer in tokenizers.values():
+        for peer in tokenizers.values():
+            own, heard = (one.chat(_chat("hello world")) for one in (writer, peer))
+            views = first_views(own, heard)
+            assert views[-1] == len(own.ids) - 1
+            assert views[-2] < views[-1]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("writer", ["258", "300", "420"])
 def test_no_token_of_a_peer_says_more_than_the_writer_has_read(tokenizers, writer, text):
