@@ -19,10 +19,10 @@ NEVER = torch.iinfo(torch.long).max // 2
 
 # Optimisers move each parameter by about the learning rate: a single one that acts on all
 # dimensions has to act that much more, or it comes too late.
-_GAIN = 200.0
+_GAIN = 500.0
 
 # Powers of two that heads' slopes begin with, per token.
-_STEEPEST, _FLATTEST = 3.0, -4.0
+_STEEPEST, _FLATTEST = 3.0, 1.0
 
 # Nobody counts less than this, so that something can be seen from everywhere.
 _LEAST = 1e-6
@@ -157,7 +157,8 @@ class Interaction(nn.Module):
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
         self.gain = nn.ParameterDict({p: nn.Parameter(torch.zeros(())) for p in places})
-        # From heads that look at what was said just now to heads that look at all alike.
+        # All look at what was said just now, some a little further back: what a peer read before,
+        # it has told itself. Heads that look at all alike pass on noise until they have learnt.
         exponents = torch.linspace(_STEEPEST, _FLATTEST, n_heads)
         self.slope = nn.Parameter(exponents * math.log(2))
         alike: dict[int, torch.Tensor] = {}
