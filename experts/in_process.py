@@ -280,7 +280,9 @@ def _top_logprobs(request: AnyRequest) -> int | None:
 
 def _top_k(request: AnyRequest) -> int | None:
     top_k = extra_field(request, "top_k")
-    if top_k is None or (isinstance(top_k, int) and top_k > 0):
+    if top_k is None:
+        return None
+    if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0:
         return top_k
     raise InvalidRequestError(f"top_k must be a number of tokens from 1, got {top_k!r}", "top_k")
 

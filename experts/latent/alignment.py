@@ -2,7 +2,8 @@
 
 Every expert reads the conversation through its own tokenizer and chat template. What they have in
 common is the text: a token of a peer may be seen from the writer's first token that ends no earlier
-in the text, so nobody reads ahead. A token that ends inside a character counts as ending before it
+in the text, so nobody reads ahead, and of several that end there, from the one as far from the
+last of them as it is itself. A token that ends inside a character counts as ending before it
 where it looks, and behind it where it is looked at.
 
 In the answer peers get the text piece by piece, as the writer's tokens complete it, and their

@@ -121,11 +121,10 @@ class Interaction(nn.Module):
 
     The softmax runs over the tokens of all experts together, the writer's own included, so gates
     say how attention is shared before anything is known of what is said. If all are zero nothing is
-    said. The mask
-    and the distance are in positions of the writer: an entry is seen from the writer's first token
-    that ends no earlier in the text than the entry does. What is passed on is how another thought
-    differs from the writer's at the token that asks, so experts that agree say nothing. ``Out`` and
-    ``gain`` begin as zero, so an untrained layer leaves H_p as it is, bit for bit.
+    said. The mask and the distance are in positions of the writer: an entry is seen from the
+    position that ``seen_from`` says. What is passed on is how another thought differs from the
+    writer's at the token that asks, so experts that agree say nothing. ``Out`` and ``gain`` begin
+    as zero, so an untrained layer leaves H_p as it is, bit for bit.
 
     Experts whose states have one size begin with the same ``In``, which gain turns back: adapters
     of one base speak one language, and the first thing to be learnt is one number, how far to go

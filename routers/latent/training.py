@@ -61,10 +61,9 @@ def train_latent(
     The folder gets ``latent.json`` and ``interactions.safetensors``, ``router/`` if there is a
     router to learn, and ``held_out.jsonl``: for each held-out prompt the loss and the number of
     answer tokens ``before`` training and ``after`` it, whether greedy decoding would write just
-    this answer, and the gates; ``test.jsonl`` says the same
-    of test prompts. The loss covers the answer
-    and the token that ends it. Calling again with the same configuration and folder resumes an
-    interrupted training, or returns the manifest of a finished one.
+    this answer, and the gates; ``test.jsonl`` says the same of test prompts. The loss covers the
+    answer and the token that ends it. Calling again with the same configuration and folder resumes
+    an interrupted training, or returns the manifest of a finished one.
 
     Args:
         config: What is trained on what, and how.

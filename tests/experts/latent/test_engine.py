@@ -451,6 +451,7 @@ async def test_template_options_are_for_the_template_alone(shared, options, reas
         {"logit_bias": {"100000": 1}},
         {"logit_bias": [5]},
         {"top_k": 0},
+        {"top_k": True},
         {"top_k": "few"},
     ],
 )
