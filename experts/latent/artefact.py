@@ -52,6 +52,11 @@ class LatentManifest(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     """How it was trained, and what that gave."""
 
+    @property
+    def noted_bytes(self) -> int:
+        """What all interactions together keep of a token: key, value and gate of each head."""
+        return 4 * (self.n_stacks - 1) * (2 * self.width + self.n_heads)
+
 
 def save_latent(
     folder: Path, model: LatentModel, members: Mapping[str, Member], training: Mapping[str, Any]

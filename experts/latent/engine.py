@@ -69,6 +69,7 @@ class LatentEngine(InProcessEngine[LatentExpert]):
             dtype=config.dtype,
             device=config.device,
             cached_tokens=config.max_batch_size * config.default_max_tokens,
+            noted_bytes=manifest.noted_bytes,
         )
         model = load_latent(folder, members).to(config.device)
         self._tokenizers = {name: member.tokenizer for name, member in members.items()}

@@ -53,7 +53,7 @@ def member_revision(config: MemberConfig) -> str:
 
 
 def needed_bytes(
-    configs: Sequence[MemberConfig], dtype: str, cached_tokens: int = 0
+    configs: Sequence[MemberConfig], dtype: str, cached_tokens: int = 0, noted_bytes: int = 0
 ) -> dict[str, int]:
     """Memory that each expert's weights and caches take, by name, found without loading them.
 
@@ -61,6 +61,7 @@ def needed_bytes(
         configs: The experts.
         dtype: Number format of weights and caches.
         cached_tokens: Tokens that each keeps keys and values of.
+        noted_bytes: What interactions keep of each of these tokens.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -78,7 +79,8 @@ def needed_bytes(
         except (OSError, ValueError, AttributeError) as error:
             raise _cannot_load(config, error) from error
         weights = sum(p.numel() for p in model.parameters())
-        found[config.name] = size * (weights + cached_tokens * per_token)
+        cached = cached_tokens * (size * per_token + noted_bytes)
+        found[config.name] = size * weights + cached
     return found
 
 
@@ -98,6 +100,7 @@ def load_members(
     dtype: str,
     device: str,
     cached_tokens: int = 0,
+    noted_bytes: int = 0,
 ) -> dict[str, Member]:
     """Load experts, frozen, by name; each with weights of its own.
 
@@ -107,11 +110,12 @@ def load_members(
         dtype: Number format of weights and activations.
         device: Where they compute.
         cached_tokens: Tokens that each will keep keys and values of, for the memory check.
+        noted_bytes: What interactions will keep of each of these tokens.
 
     Raises:
         ExpertConfigError: One is missing, cannot be cut, or all together do not fit into memory.
     """
-    _check_memory(needed_bytes(configs, dtype, cached_tokens), device)
+    _check_memory(needed_bytes(configs, dtype, cached_tokens, noted_bytes), device)
     return {config.name: _load(config, n_stacks, dtype, device) for config in configs}
 
 

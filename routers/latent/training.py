@@ -476,7 +476,8 @@ class _Training:
         rows = iter(range(len(numbers)))
         for batch in batches:
             here = [next(rows) for _ in batch]
-            part = torch.stack(self._losses(batch, chosen[here], leaf[here])).sum() / total
+            answers = self._logits(batch, chosen[here], leaf[here])
+            part = torch.stack([_loss(*answer) for answer in answers]).sum() / total
             loss += float(part.detach())
             self._check_finite(part)
             if part.requires_grad:
@@ -545,15 +546,6 @@ class _Training:
     def _n_targets(self, number: int, chosen: torch.Tensor) -> int:
         return len(self.reader.written(number, self.names[int(chosen[0])]).targets)
 
-    def _losses(
-        self, numbers: Sequence[int], chosen: torch.Tensor, weights: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Loss of each answer, summed over its tokens."""
-        return [
-            functional.cross_entropy(logits, targets, reduction="sum")
-            for logits, targets in self._logits(numbers, chosen, weights)
-        ]
-
     def _logits(
         self, numbers: Sequence[int], chosen: torch.Tensor, weights: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -595,9 +587,8 @@ class _Training:
         for start in range(0, len(numbers), self.config.batch_size):
             rows = slice(start, start + self.config.batch_size)
             for logits, targets in self._logits(numbers[rows], chosen[rows], weights[rows]):
-                loss = functional.cross_entropy(logits, targets, reduction="sum")
                 exact = bool((logits.argmax(-1) == targets).all())
-                answers.append((float(loss), len(targets), exact))
+                answers.append((float(_loss(logits, targets)), len(targets), exact))
         return [
             {
                 "loss": loss,
@@ -686,6 +677,11 @@ class _Training:
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         file.write_text(text, encoding="utf-8")
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss of an answer, summed over its tokens."""
+    return functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def _per_token(found: Sequence[Mapping[str, Any]]) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from experts import errors
 from experts.config import LatentExpertConfig
-from experts.latent.artefact import load_latent, save_latent
+from experts.latent.artefact import load_latent, read_latent, save_latent
 from experts.latent.config import MemberConfig
 from experts.latent.members import load_members
 from experts.registry import open_experts
@@ -354,10 +354,11 @@ def test_memory_is_checked_before_loading(home, monkeypatch):
     def load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("loaded")
 
-    needed = members.needed_bytes(_members(home), "float32", 8 * 32)
+    noted = read_latent(home / "artefact").noted_bytes
+    needed = members.needed_bytes(_members(home), "float32", 8 * 32, noted)
     parameters = sum(p.numel() for p in tiny.language_model("llama", 420).parameters())
-    # Keys and values: 6 layers with 2 heads of 8 numbers each.
-    assert needed["general"] == 4 * (parameters + 8 * 32 * 2 * 6 * 2 * 8)
+    # Keys and values: 6 layers with 2 heads of 8 numbers each; and those of interactions.
+    assert needed["general"] == 4 * parameters + 8 * 32 * (4 * 2 * 6 * 2 * 8 + noted)
     monkeypatch.setattr(members, "_load", load)
     monkeypatch.setattr(members, "_free_bytes", lambda device: sum(needed.values()) - 1)
     with pytest.raises(errors.ExpertConfigError, match=r"3 experts take 0\.00 GiB \(general 0\.00"):
@@ -365,6 +366,19 @@ def test_memory_is_checked_before_loading(home, monkeypatch):
     monkeypatch.setattr(members, "_free_bytes", lambda device: sum(needed.values()))
     with pytest.raises(AssertionError, match="loaded"):
         open_experts(_config(home))
+
+
+def test_what_interactions_keep_of_a_token_is_counted(home):
+    loaded = load_members(_members(home), n_stacks=3, dtype="float32", device="cpu")
+    model = load_latent(home / "artefact", loaded)
+    width = loaded["other"].stacked.width
+    layers: list[Any] = list(model.interactions)
+    kept = [
+        layer.note("other", torch.zeros(1, 1, width), torch.ones(1), torch.zeros(1, 1))
+        for layer in layers
+    ]
+    total = sum(memory.keys.nbytes + memory.values.nbytes for memory in kept)
+    assert read_latent(home / "artefact").noted_bytes == total
 
 
 def test_models_that_keep_no_keys_and_values_are_refused(tmp_path):
