@@ -59,8 +59,10 @@ TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
 SPECIALISTS = ("maths", "intents", "docstrings", "extract")
 SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
-# Of the steps of the collaboration; what is best for the first seed is taken for all.
+# Of the steps of the collaboration, and of its learning rate; what is best on validation for the
+# first seed is taken for all.
 LORA_LENGTHS = (0.5, 1.0)
+NO_PEERS_RATES = (2.0, 5.0, 10.0)
 
 # Distinguishable by most colour-blind people (Okabe and Ito), greys last.
 COLOURS = (
@@ -199,8 +201,8 @@ def facts_config(work: Path) -> LatentTrainingConfig:
             MemberConfig(name="general", model=BASE),
             MemberConfig(name="peer", model=BASE, adapter=str(adapter)),
         ],
-        writer="general", active=2, gates="uniform", n_stacks=4, width=128, batch_size=16,
-        learning_rate=2e-3, max_steps=150, evaluate_every=15, patience=4, cache="disk", **written,
+        writer="general", active=2, gates="uniform", n_stacks=4, width=576, batch_size=16,
+        max_steps=150, evaluate_every=15, patience=4, cache="disk", **written,
     )  # fmt: skip
 
 
@@ -222,7 +224,7 @@ def gemma_config(work: Path, gemma: Path) -> LatentTrainingConfig:
             MemberConfig(name="gemma", model=str(gemma.resolve())),
         ],
         writer="general", active=2, gates="uniform", n_stacks=4, width=576, max_steps=MAX_STEPS,
-        evaluate_every=30, patience=3, learning_rate=2e-4, cache="disk", **task_pairs(work),
+        evaluate_every=30, patience=3, cache="disk", **task_pairs(work),
     )  # fmt: skip
 
 
@@ -235,7 +237,7 @@ def pool_config(work: Path) -> LatentTrainingConfig:
     return LatentTrainingConfig(
         members=[MemberConfig(name="general", model=BASE), *specialists],
         writer="general", active=3, n_stacks=4, width=576, table=TABLE, max_steps=MAX_STEPS,
-        evaluate_every=30, patience=3, learning_rate=2e-4, cache="disk", **task_pairs(work),
+        evaluate_every=30, patience=3, cache="disk", **task_pairs(work),
     )  # fmt: skip
 
 
@@ -307,6 +309,26 @@ def per_token(answers: Answers) -> float:
     return sum(a[0] for a in answers.values()) / sum(a[1] for a in answers.values())
 
 
+def at_its_own_rate(
+    config: LatentTrainingConfig, members: Mapping[str, Member], work: Path
+) -> tuple[LatentTrainingConfig, Path]:
+    """A training without peers at the learning rate that validation likes best, and its folder.
+
+    The configuration's rate was chosen for the collaboration.
+    """
+
+    def at(factor: float, seed: int) -> tuple[LatentTrainingConfig, Path]:
+        settings = {"learning_rate": factor * config.learning_rate, "seed": seed}
+        changed = without_peers(config.model_copy(update=settings), members)
+        return changed, work / f"{NO_PEERS.replace(' ', '_')}-{seed}-x{factor:g}"
+
+    def loss(factor: float) -> float:
+        changed, out = at(factor, SEEDS[0])
+        return train_latent(changed, out, members=members).loss
+
+    return at(min(NO_PEERS_RATES, key=loss), config.seed)
+
+
 def measure(
     config: LatentTrainingConfig,
     arms: Sequence[str],
@@ -343,12 +365,14 @@ def measure(
             writer = members[config.writer]
             keep(arm, seed, *adapted(seeded, writer, same.parameters, work), [])
         else:
+            out = work / f"{arm.replace(' ', '_')}-{seed}"
             try:
                 changed = ARMS[arm](seeded, members)
             except ValidationError as error:
                 print(f"{arm!r} does not apply: {error.errors()[0]['msg']}", file=sys.stderr)
                 continue
-            out = work / f"{arm.replace(' ', '_')}-{seed}"
+            if arm == NO_PEERS:
+                changed, out = at_its_own_rate(seeded, members, work)
             answers, manifest = collaborated(changed, members, out)
             parameters = manifest.parameters + manifest.router_parameters
             keep(arm, seed, answers, parameters, manifest.history)

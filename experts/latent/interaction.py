@@ -19,7 +19,7 @@ NEVER = torch.iinfo(torch.long).max // 2
 
 # Optimisers move each parameter by about the learning rate: a single one that acts on all
 # dimensions has to act that much more, or it comes too late.
-_GAIN = 500.0
+_GAIN = 1000.0
 
 # Powers of two that heads' slopes begin with, per token.
 _STEEPEST, _FLATTEST = 3.0, 1.0

@@ -54,10 +54,10 @@ class LatentTrainingConfig(BaseModel):
     """Weight of the loss that has the router choose all alike."""
     correctness: float = Field(default=1.0, ge=0)
     """Weight of the router's loss on the outcome table."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the interactions."""
-    router_learning_rate_factor: float = Field(default=2.0, gt=0)
-    """The router's learning rate is so many times as high."""
+    router_learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of the router, which learns from the table before and from all after."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay of matrices."""
     max_grad_norm: float = Field(default=1.0, gt=0)

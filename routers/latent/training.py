@@ -299,7 +299,7 @@ class _Training:
         self.model = LatentModel(stacked, config.width, config.n_heads).to(device)
         self.router = LatentRouter(
             encoder=config.encoder, random_state=config.seed, weight_decay=config.weight_decay,
-            learning_rate=config.learning_rate * config.router_learning_rate_factor,
+            learning_rate=config.router_learning_rate,
         )  # fmt: skip
         self.network = self.router.network(len(self.names)) if config.has_router else None
         self.learnt = torch.nn.ModuleDict({"interactions": self.model.interactions})
@@ -449,9 +449,7 @@ class _Training:
         config = self.config
         groups: list[dict[str, Any]] = []
         for name, part in self.learnt.items():
-            rate = config.learning_rate
-            if name == "router":
-                rate *= config.router_learning_rate_factor
+            rate = config.router_learning_rate if name == "router" else config.learning_rate
             for decayed in (True, False):
                 found = [p for p in part.parameters() if (p.ndim > 1) == decayed]
                 if found:
