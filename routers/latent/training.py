@@ -474,8 +474,7 @@ class _Training:
         rows = iter(range(len(numbers)))
         for batch in batches:
             here = [next(rows) for _ in batch]
-            answers = self._logits(batch, chosen[here], leaf[here])
-            part = torch.stack([_loss(*answer) for answer in answers]).sum() / total
+            part = torch.stack(self._losses(batch, chosen[here], leaf[here])).sum() / total
             loss += float(part.detach())
             self._check_finite(part)
             if part.requires_grad:
@@ -543,6 +542,12 @@ class _Training:
 
     def _n_targets(self, number: int, chosen: torch.Tensor) -> int:
         return len(self.reader.written(number, self.names[int(chosen[0])]).targets)
+
+    def _losses(
+        self, numbers: Sequence[int], chosen: torch.Tensor, weights: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Loss of each answer, summed over its tokens."""
+        return [_loss(*answer) for answer in self._logits(numbers, chosen, weights)]
 
     def _logits(
         self, numbers: Sequence[int], chosen: torch.Tensor, weights: torch.Tensor
