@@ -462,6 +462,7 @@ class _Training:
         # Seeding each step makes dropout and draws independent of where a training was resumed.
         torch.manual_seed(config.seed * 1_000_003 + self.step + 1)
         self.learnt.train()
+        optimizer.zero_grad()  # the router has some left of what it was taught before
         batches = self.plan[self.step * config.accumulation :][: config.accumulation]
         numbers = [number for batch in batches for number in batch]
         scores = self._scores(numbers)
@@ -482,7 +483,6 @@ class _Training:
         self._teach_router(scores, chosen, weights, leaf.grad)
         torch.nn.utils.clip_grad_norm_(self.learnt.parameters(), config.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
         return loss
 
     def _teach_router(

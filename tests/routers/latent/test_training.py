@@ -41,7 +41,7 @@ def make(folders, pairs):
         found = {
             "members": members, "data": pairs, "validation": 0.25, "writer": "writer",
             "active": 2, "n_stacks": 3, "width": 16, "n_heads": 2, "encoder": "hashing",
-            "learning_rate": 1e-2, "router_learning_rate": 2e-2, "warmup": 2, "batch_size": 4, "max_steps": 6,
+            "learning_rate": 1e-2, "warmup": 2, "batch_size": 4, "max_steps": 6,
             "evaluate_every": 2, "checkpoint_every": 2, "precision": "float32", "device": "cpu",
             **changes,
         }  # fmt: skip
