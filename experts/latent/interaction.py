@@ -17,10 +17,6 @@ __all__ = ["NEVER", "Interaction", "Memory", "Scale"]
 NEVER = torch.iinfo(torch.long).max // 2
 """A position of the writer that it never reaches: entries from there on are not there."""
 
-# Optimisers move each parameter by about the learning rate: a single one that acts on all
-# dimensions has to act that much more, or it comes too late.
-_GAIN = 1000.0
-
 # Powers of two that heads' slopes begin with, per token.
 _STEEPEST, _FLATTEST = 3.0, 1.0
 
@@ -219,8 +215,7 @@ class Interaction(nn.Module):
         differing = (attended[..., :-1] - own) * said
         mixed = self.mix(differing.transpose(1, 2).flatten(2))
         place = self._places[name]
-        gain = _GAIN * self.gain[place]
-        message = self.out[place](mixed) + gain * (mixed @ self.into[place].weight)
+        message = self.out[place](mixed) + self.gain[place] * (mixed @ self.into[place].weight)
         return self.scale_of(name).back(message).to(states.dtype)
 
     def _shared(self, name: str, states: torch.Tensor) -> torch.Tensor:

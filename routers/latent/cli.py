@@ -31,9 +31,9 @@ def train_latent_command(config_path: Path, out: Path, settings: tuple[str, ...]
 
     Keys of the file, and for --set, as in --set max_steps=300 --set writer=general: members, data,
     validation, test, table, writer, active, n_stacks, width, n_heads, encoder, gates, peers,
-    entropy, balance, correctness, learning_rate, router_learning_rate, weight_decay,
-    max_grad_norm, schedule, warmup, batch_size, accumulation, max_steps, evaluate_every, patience,
-    max_tokens, precision, cache, seed, checkpoint_every, device.
+    entropy, balance, correctness, learning_rate, gain_learning_rate, router_learning_rate,
+    weight_decay, max_grad_norm, schedule, warmup, batch_size, accumulation, max_steps,
+    evaluate_every, patience, max_tokens, precision, cache, seed, checkpoint_every, device.
 
     The folder gets latent.json and interactions.safetensors, held_out.jsonl with the loss of every
     held-out prompt before and after, test.jsonl with that of test prompts,

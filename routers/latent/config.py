@@ -56,6 +56,9 @@ class LatentTrainingConfig(BaseModel):
     """Weight of the router's loss on the outcome table."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the interactions."""
+    gain_learning_rate: float = Field(default=0.1, gt=0)
+    """Peak learning rate of gains: one number each, which says how far the writer goes over to
+    the others, and has to go all the way while matrices change a little."""
     router_learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the router, which learns from the table before and from all after."""
     weight_decay: float = Field(default=0.01, ge=0)

@@ -447,15 +447,18 @@ class _Training:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        groups: list[dict[str, Any]] = []
-        for name, part in self.learnt.items():
-            rate = config.router_learning_rate if name == "router" else config.learning_rate
-            for decayed in (True, False):
-                found = [p for p in part.parameters() if (p.ndim > 1) == decayed]
-                if found:
-                    decay = config.weight_decay if decayed else 0.0
-                    groups.append({"params": found, "lr": rate, "weight_decay": decay})
-        return torch.optim.AdamW(groups)
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in self.learnt.named_parameters():
+            rate = config.learning_rate
+            if name.startswith("router."):
+                rate = config.router_learning_rate
+            elif ".gain." in name:
+                rate = config.gain_learning_rate
+            groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+        return torch.optim.AdamW(
+            {"params": found, "lr": rate, "weight_decay": decayed * config.weight_decay}
+            for (rate, decayed), found in groups.items()
+        )
 
     def _train_step(self, optimizer: torch.optim.Optimizer) -> float:
         config = self.config
