@@ -59,6 +59,8 @@ TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
 SPECIALISTS = ("maths", "intents", "docstrings", "extract")
 SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
+# What the collaboration is compared with: as many parameters, nobody to listen to.
+REFERENCES = (NO_PEERS, LORA)
 # Of the steps of the collaboration, and of its learning rate; what is best on validation for the
 # first seed is taken for all.
 LORA_LENGTHS = (0.5, 1.0)
@@ -117,20 +119,23 @@ class Records:
         first = json.dumps({"settings": settings})
         if not file.exists():
             file.write_text(first + "\n", encoding="utf-8")
-        head, *rest = file.read_text(encoding="utf-8").splitlines()
-        if head != first:
+        if file.read_text(encoding="utf-8").splitlines()[0] != first:
             raise SystemExit(f"{file} was measured with other settings; move it away")
-        self.all = [Measured(**json.loads(line)) for line in rest]
+
+    def all(self) -> list[Measured]:
+        """What has been measured by now, by other processes too."""
+        _, *rest = self._file.read_text(encoding="utf-8").splitlines()
+        return [Measured(**json.loads(line)) for line in rest]
 
     def find(self, arm: str, seed: int) -> Measured | None:
         """A measurement that has been made."""
-        return next((m for m in self.all if (m.arm, m.seed) == (arm, seed)), None)
+        return next((m for m in self.all() if (m.arm, m.seed) == (arm, seed)), None)
 
     def add(self, made: Measured) -> None:
-        """Keep a measurement."""
-        self.all.append(made)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(made)) + "\n")
+        """Keep a measurement, unless another process was faster."""
+        if self.find(made.arm, made.seed) is None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(made)) + "\n")
 
 
 def with_settings(**settings: Any) -> Changes:
@@ -380,25 +385,29 @@ def measure(
 
 def by_arm(records: Records) -> dict[str, list[Measured]]:
     """Measurements of each arm, in the arms' order."""
-    found = {arm: [m for m in records.all if m.arm == arm] for arm in (ALONE, *ARMS, LORA)}
+    measured = records.all()
+    found = {arm: [m for m in measured if m.arm == arm] for arm in (ALONE, *ARMS, LORA)}
     return {arm: sorted(ms, key=lambda m: m.seed) for arm, ms in found.items() if ms}
 
 
 def lines(found: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
-    """A line of the table per arm: losses, exact answers, and the difference to no peers."""
+    """A line of the table per arm: losses, their differences to references, exact answers."""
 
     def column(arm: str, place: int) -> NDArray[np.float64]:
         """Mean over seeds, shape (n_prompts,)."""
         rows = np.array([[answer[place] for answer in m.answers] for m in found[arm]], np.float64)
         return np.asarray(rows.mean(0))
 
-    reference = NO_PEERS if NO_PEERS in found else ALONE
     # Per token of all answers, though resampled by prompt.
-    tokens = column(reference, 1).mean()
+    tokens = column(ALONE, 1).mean()
     table = []
     for arm, measurements in found.items():
         losses = column(arm, 0) / tokens
-        gain = losses - column(reference, 0) / tokens
+        differences = {
+            reference: bootstrap_mean(losses - column(reference, 0) / tokens)._asdict()
+            for reference in REFERENCES
+            if reference in found
+        }
         table.append(
             {
                 "arm": arm,
@@ -408,7 +417,7 @@ def lines(found: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
                     for m in measurements
                 ],
                 "loss": bootstrap_mean(losses)._asdict(),
-                "difference": bootstrap_mean(gain)._asdict(),
+                "differences": differences,
                 "exact": bootstrap_mean(column(arm, 2))._asdict(),
             }
         )
@@ -420,26 +429,30 @@ def page(
 ) -> str:
     """The results as Markdown."""
     names = ", ".join(f"`{member.name}`" for member in config.members)
+    references = list(table[0]["differences"])
+    to = "".join(f" less {reference} |" for reference in references)
     rows = [
         f"# Latent collaboration: {data}",
         "",
         f"`{command_line()}`; members {names}, `{config.writer}` writes, {config.active} active, "
         f"{config.n_stacks} stacks, width {config.width}, {config.precision}. Loss per answer "
         "token of the test pairs, and share of exact answers, means over seeds with 95% intervals "
-        f"of the bootstrap over prompts; the difference is to the arm `{NO_PEERS}`, which trains "
-        "as many parameters as the collaboration.",
+        "of the bootstrap over prompts; differences of loss are to as many parameters without "
+        "peers.",
         "",
         f"![Held-out loss over steps]({figure})",
         "",
-        "| arm | parameters | loss | by seed | difference | exact |",
-        "|---|--:|--:|---|--:|--:|",
+        f"| arm | parameters | loss | by seed |{to} exact |",
+        f"|---|--:|--:|---|{'--:|' * len(references)}--:|",
     ]
     for line in table:
-        seeds = ", ".join(f"{loss:.3f}" for loss in line["seeds"])
-        rows.append(
-            f"| {line['arm']} | {line['parameters']:,} | {with_interval(line['loss'])} | {seeds} | "
-            f"{with_interval(line['difference'], '+.3f')} | {with_interval(line['exact'])} |"
-        )
+        cells = [
+            line["arm"], f"{line['parameters']:,}", with_interval(line["loss"]),
+            ", ".join(f"{loss:.3f}" for loss in line["seeds"]),
+            *(with_interval(line["differences"][name], "+.3f") for name in references),
+            with_interval(line["exact"]),
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
