@@ -38,6 +38,9 @@ __all__ = [
 # Stands before a piece of text while it is cut, so that no tokenizer takes it for a beginning.
 _ANCHOR = "\n"
 
+# Stands for a message's text where what a template writes around it is looked for.
+_BLANK = "\ue000"
+
 # Models without a chat template read this, after the token that starts their texts.
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
@@ -123,11 +126,17 @@ class MemberTokenizer:
             options: Passed to the chat template.
         """
         rendered = self._reader.render(messages, **options)
-        return self._located(rendered, [message.text for message in messages], special=False)
+        contents = [message.text for message in messages]
+        blanks = [
+            message.model_copy(update={"content": _BLANK if content else ""})
+            for message, content in zip(messages, contents, strict=True)
+        ]
+        around = self._reader.render(blanks, **options).split(_BLANK)
+        return self._located(rendered, contents, around, special=False)
 
     def text(self, text: str) -> PromptTokens:
         """A text to go on from."""
-        return self._located(text, [text], special=True)
+        return self._located(text, [text], ["", ""], special=True)
 
     def piece(self, text: str) -> list[int]:
         """The tokens of a piece of text in the middle of others."""
@@ -153,9 +162,11 @@ class MemberTokenizer:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _located(self, rendered: str, contents: Sequence[str], *, special: bool) -> PromptTokens:
+    def _located(
+        self, rendered: str, contents: Sequence[str], around: Sequence[str], *, special: bool
+    ) -> PromptTokens:
         found = self.tokenizer(rendered, add_special_tokens=special, return_offsets_mapping=True)
-        least, most = _places(rendered, contents)
+        least, most = _places(rendered, contents, around)
         spans = list(found["offset_mapping"])
         looks = [least[end] for _, end in spans]
         for number, (one, following) in enumerate(pairwise(spans)):
@@ -167,16 +178,27 @@ class MemberTokenizer:
         return PromptTokens(list(found["input_ids"]), list(accumulate(looks, max)), list(seen))
 
 
-def _places(rendered: str, contents: Sequence[str]) -> tuple[list[int], list[int]]:
+def _places(
+    rendered: str, contents: Sequence[str], around: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """For each position in a rendered prompt, how many characters of the contents come before it.
 
     What a template writes around the contents counts as belonging to the one before. Where the
     template has changed a content, so that it cannot be found, nobody knows: there the first list
     has the least and the second one the most it can be.
+
+    Args:
+        rendered: The prompt.
+        contents: What it shall hold, in order.
+        around: What the template writes before, between and behind contents that are not empty; a
+            content may occur there as well.
     """
     least, done, cursor = [0], 0, 0
+    tags = iter(around)
     for number, content in enumerate(contents):
-        at = rendered.find(content, cursor) if content else cursor
+        tag = next(tags, "") if content else ""
+        skipped = len(tag) if rendered.startswith(tag, cursor) else 0
+        at = rendered.find(content, cursor + skipped) if content else cursor
         if at < 0:
             rest = len(rendered) - cursor
             total = done + sum(map(len, contents[number:]))

@@ -15,7 +15,7 @@ from experts.memory import available_bytes
 if TYPE_CHECKING:
     from experts.latent.stacks import StackedModel
 
-__all__ = ["Member", "load_members", "member_revision", "needed_bytes", "wrap"]
+__all__ = ["GIB", "Member", "load_members", "member_revision", "needed_bytes", "wrap"]
 
 GIB = 2**30
 
@@ -57,10 +57,12 @@ def needed_bytes(
 ) -> dict[str, int]:
     """Memory that each expert's weights and caches take, by name, found without loading them.
 
+    Each has a cache as the one that writes and one as a peer.
+
     Args:
         configs: The experts.
         dtype: Number format of weights and caches.
-        cached_tokens: Tokens that each keeps keys and values of.
+        cached_tokens: Tokens that each cache holds.
         noted_bytes: What interactions keep of each of these tokens.
     """
     import torch
@@ -79,7 +81,7 @@ def needed_bytes(
         except (OSError, ValueError, AttributeError) as error:
             raise _cannot_load(config, error) from error
         weights = sum(p.numel() for p in model.parameters())
-        cached = cached_tokens * (size * per_token + noted_bytes)
+        cached = cached_tokens * (2 * size * per_token + noted_bytes)
         found[config.name] = size * weights + cached
     return found
 
@@ -109,7 +111,7 @@ def load_members(
         n_stacks: Into how many stacks each is cut.
         dtype: Number format of weights and activations.
         device: Where they compute.
-        cached_tokens: Tokens that each will keep keys and values of, for the memory check.
+        cached_tokens: Tokens that each cache will hold, for the memory check.
         noted_bytes: What interactions will keep of each of these tokens.
 
     Raises:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from experts.latent.members import Member
+from experts.latent.members import GIB, Member
 from experts.latent.model import LatentModel
+from experts.memory import available_bytes
 from experts.weights import default_cache_dir
 from routers.base import RouterError
 
@@ -68,12 +69,18 @@ class StateStore:
         return found
 
     def prepare(self, wanted: Iterable[Wanted]) -> None:
-        """Compute what is not known yet."""
+        """Compute what is not known yet.
+
+        Raises:
+            RouterError: It shall be kept in memory and does not fit.
+        """
         missing = {}
         for name, ids in wanted:
             key = self._key(name, ids)
             if key not in self._known and key not in self._files:
                 missing[key] = (name, ids)
+        if self._kind == "memory":
+            self._check_memory(missing.values())
         total = sum(len(ids) for _, ids in missing.values())
         with tqdm(
             total=total, desc="reading", unit="token", delay=2, file=sys.stderr, unit_scale=True
@@ -85,6 +92,18 @@ class StateStore:
                 found = [one.cpu().clone() for one in states]
                 self._keep(self._spaces[name], dict(zip(keys, found, strict=True)))
                 bar.update(sum(len(missing[key][1]) for key in keys))
+
+    def _check_memory(self, wanted: Iterable[Wanted]) -> None:
+        needed = 0
+        for name, ids in wanted:
+            member = self._model.members[name]
+            needed += len(ids) * len(member.starts) * member.width * member.dtype.itemsize
+        free = available_bytes()
+        if needed > free:
+            raise RouterError(
+                f"the members' hidden states take {needed / GIB:.2f} GiB, but only "
+                f"{free / GIB:.2f} GiB of memory are free; set cache to disk, or to none"
+            )
 
     def _key(self, name: str, ids: tuple[int, ...]) -> str:
         digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()

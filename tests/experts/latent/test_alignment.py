@@ -130,6 +130,19 @@ def test_base_models_prompt_begins_as_its_texts_do(starts):
     assert tokens.looks[:1] == [0]
 
 
+@pytest.mark.parametrize("text", ["user", "system", "a", "\n"])
+def test_content_that_a_template_writes_as_well_is_found_where_it_is(text):
+    tokenizer = copy.deepcopy(tiny.tokenizer(300))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}\n{% endfor %}<assistant>"
+    )
+    messages = [Message(role="system", content="a"), Message(role="user", content=text)]
+    read = MemberTokenizer("x", tokenizer).chat(messages)
+    before = "<system>\na\n<user>\n"
+    first = next(n for n, end in enumerate(read.seen) if end > 1)
+    assert len(tokenizer.decode(read.ids[:first])) >= len(before)
+
+
 def test_content_that_a_template_changes_is_seen_at_its_end_alone():
     tokenizer = copy.deepcopy(tiny.tokenizer(300))
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}!"

@@ -357,8 +357,8 @@ def test_memory_is_checked_before_loading(home, monkeypatch):
     noted = read_latent(home / "artefact").noted_bytes
     needed = members.needed_bytes(_members(home), "float32", 8 * 32, noted)
     parameters = sum(p.numel() for p in tiny.language_model("llama", 420).parameters())
-    # Keys and values: 6 layers with 2 heads of 8 numbers each; and those of interactions.
-    assert needed["general"] == 4 * parameters + 8 * 32 * (4 * 2 * 6 * 2 * 8 + noted)
+    # Keys and values: 6 layers with 2 heads of 8 numbers each, twice; and those of interactions.
+    assert needed["general"] == 4 * parameters + 8 * 32 * (2 * 4 * 2 * 6 * 2 * 8 + noted)
     monkeypatch.setattr(members, "_load", load)
     monkeypatch.setattr(members, "_free_bytes", lambda device: sum(needed.values()) - 1)
     with pytest.raises(errors.ExpertConfigError, match=r"3 experts take 0\.00 GiB \(general 0\.00"):

@@ -19,6 +19,7 @@ from experts.latent.members import load_members  # noqa: E402
 from experts.latent.model import LatentModel, LatentText  # noqa: E402
 from routers.base import Query, RouterError  # noqa: E402
 from routers.cli import train_command  # noqa: E402
+from routers.latent import states as states_module  # noqa: E402
 from routers.latent.config import LatentTrainingConfig, read_config  # noqa: E402
 from routers.latent.sizes import interaction_parameters  # noqa: E402
 from routers.latent.states import StateStore  # noqa: E402
@@ -360,6 +361,15 @@ def test_states_of_weights_without_a_name_are_not_kept_on_disk(members):
     nameless = {"writer": replace(members["writer"], revision="")}
     with pytest.raises(RouterError, match="set cache to memory"):
         StateStore(LatentModel(stacked, 8, 2), nameless, "disk")
+
+
+def test_states_that_do_not_fit_into_memory_are_refused_before_they_are_computed(
+    make, members, monkeypatch
+):
+    monkeypatch.setattr(states_module, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(LatentModel, "read", None)
+    with pytest.raises(RouterError, match=r"hidden states take 0\.00 GiB.*set cache to disk"):
+        _training(make(), members)
 
 
 def test_kept_states_are_those_of_a_pass(make, members):
