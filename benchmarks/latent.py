@@ -61,10 +61,10 @@ SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
 # What the collaboration is compared with: as many parameters, nobody to listen to.
 REFERENCES = (NO_PEERS, LORA)
-# Of the steps of the collaboration, and of its learning rate; what is best on validation for the
-# first seed is taken for all.
+# Shares of the collaboration's steps, and learning rates; what is best on validation for the first
+# seed is taken for all.
 LORA_LENGTHS = (0.5, 1.0)
-NO_PEERS_RATES = (2.0, 5.0, 10.0)
+NO_PEERS_RATES = (2e-4, 5e-4, 1e-3)
 
 # Distinguishable by most colour-blind people (Okabe and Ito), greys last.
 COLOURS = (
@@ -322,13 +322,13 @@ def at_its_own_rate(
     The configuration's rate was chosen for the collaboration.
     """
 
-    def at(factor: float, seed: int) -> tuple[LatentTrainingConfig, Path]:
-        settings = {"learning_rate": factor * config.learning_rate, "seed": seed}
+    def at(rate: float, seed: int) -> tuple[LatentTrainingConfig, Path]:
+        settings = {"learning_rate": rate, "seed": seed}
         changed = without_peers(config.model_copy(update=settings), members)
-        return changed, work / f"{NO_PEERS.replace(' ', '_')}-{seed}-x{factor:g}"
+        return changed, work / f"{NO_PEERS.replace(' ', '_')}-{seed}-{rate:g}"
 
-    def loss(factor: float) -> float:
-        changed, out = at(factor, SEEDS[0])
+    def loss(rate: float) -> float:
+        changed, out = at(rate, SEEDS[0])
         return train_latent(changed, out, members=members).loss
 
     return at(min(NO_PEERS_RATES, key=loss), config.seed)
