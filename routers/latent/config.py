@@ -39,7 +39,8 @@ class LatentTrainingConfig(BaseModel):
     n_stacks: int = Field(default=4, ge=1)
     """Into how many stacks of layers members are cut; they meet between stacks."""
     width: int = Field(default=256, ge=1)
-    """Size of the space in which they meet."""
+    """Size of the space in which they meet; as large as the hidden states of adapters of one base,
+    it lets all pass that they think."""
     n_heads: int = Field(default=8, ge=1)
     """Attention heads in it; a divisor of ``width``."""
     encoder: str = DEFAULT_ENCODER
