@@ -229,7 +229,7 @@ def gemma_config(work: Path, gemma: Path) -> LatentTrainingConfig:
             MemberConfig(name="gemma", model=str(gemma.resolve())),
         ],
         writer="general", active=2, gates="uniform", n_stacks=4, width=576, max_steps=MAX_STEPS,
-        evaluate_every=30, patience=3, cache="disk", **task_pairs(work),
+        evaluate_every=30, patience=1, cache="disk", **task_pairs(work),
     )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def pool_config(work: Path) -> LatentTrainingConfig:
     return LatentTrainingConfig(
         members=[MemberConfig(name="general", model=BASE), *specialists],
         writer="general", active=3, n_stacks=4, width=576, table=TABLE, max_steps=MAX_STEPS,
-        evaluate_every=30, patience=3, cache="disk", **task_pairs(work),
+        evaluate_every=30, patience=1, cache="disk", **task_pairs(work),
     )  # fmt: skip
 
 
