@@ -61,9 +61,9 @@ SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
 # What the collaboration is compared with: as many parameters, nobody to listen to.
 REFERENCES = (NO_PEERS, LORA)
-# Shares of the collaboration's steps, and learning rates; what is best on validation for the first
-# seed is taken for all.
-LORA_LENGTHS = (0.5, 1.0)
+# Learning rates of what it is compared with; what is best on validation for the first seed is taken
+# for all.
+LORA_RATES = (5e-4, 1e-3, 2e-3)
 NO_PEERS_RATES = (2e-4, 5e-4, 1e-3)
 
 # Distinguishable by most colour-blind people (Okabe and Ito), greys last.
@@ -279,7 +279,7 @@ def collaborated(
 def adapted(
     config: LatentTrainingConfig, writer: Member, parameters: int, work: Path
 ) -> tuple[Answers, int]:
-    """A LoRA of the writer with about as many parameters, as long as validation likes."""
+    """A LoRA of the writer with about as many parameters, at the rate that validation likes."""
     assert isinstance(config.validation, Path)
     assert config.test is not None
     validation = config.validation
@@ -294,18 +294,17 @@ def adapted(
     )
     rank = max(1, round(parameters / per_rank))
 
-    def trained(share: float, seed: int) -> Member:
-        steps = round(share * config.max_steps)
+    def trained(rate: float, seed: int) -> Member:
         lessons = AdapterTrainingConfig(
-            data=config.data, base=base.model, steps=steps, batch_size=config.batch_size,
-            rank=rank, alpha=2 * rank, seed=seed,
+            data=config.data, base=base.model, steps=config.max_steps, learning_rate=rate,
+            batch_size=config.batch_size, rank=rank, alpha=2 * rank, seed=seed,
         )  # fmt: skip
-        folder = work / f"{LORA}-{seed}-{steps}"
+        folder = work / f"{LORA}-{seed}-{rate:g}"
         train_adapter(lessons, folder)
         named = MemberConfig(name=LORA, model=base.model, adapter=str(folder))
         return load_members([named], n_stacks=1, dtype=config.precision, device="cpu")[LORA]
 
-    best = min(LORA_LENGTHS, key=lambda share: per_token(alone(trained(share, 0), validation)))
+    best = min(LORA_RATES, key=lambda rate: per_token(alone(trained(rate, SEEDS[0]), validation)))
     return alone(trained(best, config.seed), config.test), rank * per_rank
 
 
