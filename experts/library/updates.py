@@ -1,0 +1,153 @@
+"""What a LoRA adapter changes, read from its files alone: no model, and no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experts.errors import ExpertConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LowRank", "Updates", "adapter_settings", "inner", "read_updates", "similarity"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What torch would read by running what is in it.
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+# Options of PEFT's LoRA that make it more than low-rank updates of linear layers.
+_NOT_PLAIN = ("use_dora", "lora_bias", "modules_to_save", "alora_invocation_tokens",
+              "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The update of one linear layer: ``up @ down`` is added to its weight.
+
+    Attributes:
+        down: Shape (rank, in_features), float32.
+        up: Shape (out_features, rank), float32, times the adapter's scale.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    def top_direction(self) -> torch.Tensor:
+        """The input it answers most to: the first right singular vector, shape (in_features,).
+
+        Its sign is arbitrary.
+        """
+        import torch
+
+        # down.T = Q R, so up @ down = (up R.T) Q.T, and Q turns nothing's length.
+        q, r = torch.linalg.qr(self.down.T)
+        _, _, right = torch.linalg.svd(self.up @ r.T, full_matrices=False)
+        direction: torch.Tensor = q @ right[0]
+        return direction
+
+
+Updates = Mapping[str, LowRank]
+"""By the path of the layer in its model."""
+
+
+def inner(one: Updates, other: Updates) -> float:
+    """The inner product of two adapters' updates, all layers together."""
+    return sum(
+        float(((one[path].up.T @ other[path].up) * (one[path].down @ other[path].down.T)).sum())
+        for path in one.keys() & other.keys()
+    )
+
+
+def similarity(one: Updates, other: Updates) -> float:
+    """The cosine of two adapters' updates, in [-1, 1]; 0 if one changes nothing."""
+    length = (inner(one, one) * inner(other, other)) ** 0.5
+    return inner(one, other) / length if length else 0.0
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What ``adapter_config.json`` says.
+
+    Raises:
+        ExpertConfigError: It is missing or malformed, or describes another kind of adapter.
+    """
+    file = folder / CONFIG
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExpertConfigError(
+            f"{folder} holds no {CONFIG}; expected an adapter in PEFT's format"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ExpertConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise ExpertConfigError(f"{file} describes no LoRA adapter")
+    odd = [option for option in _NOT_PLAIN if found.get(option)]
+    if found.get("bias", "none") != "none":
+        odd.append("bias")
+    if odd:
+        raise ExpertConfigError(
+            f"{file} uses {', '.join(odd)}; a library holds plain LoRA on linear layers"
+        )
+    return found
+
+
+def read_updates(folder: Path) -> dict[str, LowRank]:
+    """The updates of an adapter in PEFT's format, by the path of the layer in its model.
+
+    Raises:
+        ExpertConfigError: A file is missing, damaged, a pickle, or no plain LoRA; or numbers are
+            not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    settings = adapter_settings(folder)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise ExpertConfigError(
+            f"{folder} holds {', '.join(pickles)}, and who loads such a file runs what is in it; "
+            f"give the weights as {WEIGHTS} alone"
+        )
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ExpertConfigError(f"{folder} holds no {WEIGHTS}")
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ExpertConfigError(f"{file} is damaged: {error}") from error
+    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise ExpertConfigError(
+            f"{file}: {len(infinite)} of {len(tensors)} tensors hold numbers that are not finite, "
+            f"{infinite[0]} first; such an adapter answers nothing"
+        )
+    downs = {_path(name): t.float() for name, t in tensors.items() if ".lora_A." in name}
+    ups = {_path(name): t.float() for name, t in tensors.items() if ".lora_B." in name}
+    other = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
+    if other or downs.keys() != ups.keys() or not downs:
+        odd = other[0] if other else "pairs of lora_A and lora_B that do not match"
+        raise ExpertConfigError(f"{file} is no plain LoRA: it holds {odd}")
+    for path, down in downs.items():
+        if down.ndim != 2 or ups[path].ndim != 2 or ups[path].shape[1] != down.shape[0]:
+            raise ExpertConfigError(f"{file}: the two parts of {path} do not fit each other")
+    return {path: LowRank(down, ups[path] * _scale(settings, path)) for path, down in downs.items()}
+
+
+def _path(name: str) -> str:
+    path = name.partition(".lora_A." if ".lora_A." in name else ".lora_B.")[0]
+    return path.removeprefix("base_model.model.")
+
+
+def _scale(settings: Mapping[str, Any], path: str) -> float:
+    """What an update is multiplied by, as PEFT decides it."""
+    from peft.utils.other import get_pattern_key
+
+    def of(patterns: str, default: str) -> float:
+        found = settings.get(patterns) or {}
+        return float(found.get(get_pattern_key(list(found), path), settings[default]))
+
+    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+    return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
