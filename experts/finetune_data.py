@@ -17,7 +17,16 @@ from experts.errors import ExpertConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ChatPair", "PackedBatch", "TokenPair", "pack", "plan_batches", "read_pairs", "tokenize"]
+__all__ = [
+    "ChatPair",
+    "PackedBatch",
+    "TokenPair",
+    "common_start",
+    "pack",
+    "plan_batches",
+    "read_pairs",
+    "tokenize",
+]
 
 
 class ChatPair(NamedTuple):
@@ -151,7 +160,8 @@ def _batches(
         yield from batches
 
 
-def _common_start(rows: Sequence[Sequence[int]]) -> int:
+def common_start(rows: Sequence[Sequence[int]]) -> int:
+    """With how many equal numbers all rows begin."""
     same = (len(set(column)) == 1 for column in zip(*rows, strict=False))
     return sum(takewhile(bool, same))
 
@@ -163,7 +173,7 @@ def pack(pairs: Sequence[TokenPair]) -> PackedBatch:
     """
     import torch
 
-    shared = _common_start([pair.prompt_ids[:-1] for pair in pairs])
+    shared = common_start([pair.prompt_ids[:-1] for pair in pairs])
     ids = list(pairs[0].prompt_ids[:shared])
     positions = list(range(shared))
     owners = [-1] * shared

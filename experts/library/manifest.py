@@ -140,6 +140,18 @@ class Library:
             return resolve_path(reference)
         return resolve_path(str(self.folder / Path(reference).expanduser()))
 
+    def check_free(self, name: str) -> None:
+        """Make sure that no expert has a name.
+
+        Raises:
+            ExpertConfigError: One has.
+        """
+        if name in self.experts:
+            raise ExpertConfigError(
+                f"{self.folder} has an expert {name!r} already; choose another name, or remove "
+                "that one first"
+            )
+
     def take_in(
         self, expert: LibraryExpert, copy: Callable[[Path], None], samples: Path | None
     ) -> LibraryExpert:
@@ -153,11 +165,7 @@ class Library:
         Raises:
             ExpertConfigError: Its name is taken.
         """
-        if expert.name in self.experts:
-            raise ExpertConfigError(
-                f"{self.folder} has an expert {expert.name!r} already; choose another name, or "
-                "remove that one first"
-            )
+        self.check_free(expert.name)
         path = f"{expert.kind}s/{expert.name}"
         target = self.folder / path
         target.mkdir(parents=True, exist_ok=True)

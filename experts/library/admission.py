@@ -1,0 +1,222 @@
+"""Whether an adapter may join a library.
+
+A library runs what strangers made, so each adapter is tested first: what its files hold, whether it
+fits its base, and whether it adds anything and destroys nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from experts.errors import ExpertConfigError
+from experts.finetune_data import ChatPair, TokenPair, read_pairs
+from experts.library.examiner import Examiner
+from experts.library.updates import LowRank, adapter_settings, read_updates, similarity
+
+__all__ = ["CANARY", "Candidate", "Finding", "examine", "examine_files"]
+
+CANARY = Path(__file__).with_name("canary.jsonl")
+"""Questions of no domain, with short answers."""
+
+# Of the cosine with another adapter. The embedded specialists come to .02 with each other.
+MOST_SIMILAR = 0.9
+# How far, of what an adapter changes on its own samples, the nearest other must be from it.
+LEAST_NEW = 0.1
+# Nats per token by which answers to questions of no domain may become less likely. Narrow adapters
+# come to 3.7 (the embedded classifier of intents), one that destroys the base to 10 and more.
+MOST_HARM = 6.0
+# Samples that are looked at.
+SAMPLES = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter that wants to join.
+
+    Attributes:
+        name: What it will be called.
+        folder: Where it lies.
+        base: The model it says it is for.
+        samples: Prompts and answers of its domain.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    samples: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one test found.
+
+    Attributes:
+        test: Its name.
+        passed: Whether the adapter may join as far as this test goes.
+        message: Why, in a sentence.
+        numbers: What was measured.
+    """
+
+    test: str
+    passed: bool
+    message: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def examine(
+    candidate: Candidate, others: Mapping[str, Path], *, device: str = "cpu"
+) -> Iterator[Finding]:
+    """Test an adapter; stop at a failed test without which the next ones mean nothing.
+
+    Args:
+        candidate: The adapter.
+        others: Adapters of the same base that are in the library, by name.
+        device: Where it is tried out.
+    """
+    sound = True
+    for found in examine_files(candidate, others):
+        sound = sound and found.passed
+        yield found
+    if not sound:
+        return
+    examiner = Examiner(candidate.base, {candidate.name: candidate.folder, **others}, device=device)
+    yield _does_no_harm(examiner, candidate.name)
+    if candidate.samples is None:
+        yield Finding("gain", True, "not looked at, as no samples of its domain were given")
+        return
+    pairs = examiner.read(_spread(read_pairs(candidate.samples)[0]))
+    yield _gains(examiner, candidate.name, pairs)
+    yield _is_new(examiner, candidate.name, others, pairs)
+
+
+def examine_files(candidate: Candidate, others: Mapping[str, Path]) -> Iterator[Finding]:
+    """The tests that run no model."""
+    try:
+        updates = read_updates(candidate.folder)
+    except ExpertConfigError as error:
+        yield Finding("files", False, str(error))
+        return
+    rank = max(update.down.shape[0] for update in updates.values())
+    yield Finding("files", True, f"{len(updates)} finite updates of rank {rank}, as safetensors")
+    fits = _fits_base(candidate, updates)
+    yield fits
+    if fits.passed:
+        yield _is_no_copy(updates, others)
+
+
+def _fits_base(candidate: Candidate, updates: Mapping[str, LowRank]) -> Finding:
+    """Whether it was made for this base: by its own word, and by its shapes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from experts.weights import resolve_model
+
+    says = adapter_settings(candidate.folder).get("base_model_name_or_path")
+    if says != candidate.base:
+        return Finding(
+            "base", False,
+            f"its adapter_config.json says it was made for {says!r}, not for {candidate.base!r}; "
+            "if both are the same weights, put the name of this library's base there",
+        )  # fmt: skip
+    try:
+        described = AutoConfig.from_pretrained(str(resolve_model(candidate.base)))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExpertConfigError(f"{candidate.base!r} cannot be loaded ({reason})") from error
+    shapes = {
+        path: tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for path, update in updates.items():
+        wanted = (update.up.shape[0], update.down.shape[1])
+        if path not in shapes:
+            return Finding("base", False, f"{candidate.base} has no linear layer {path}")
+        if shapes[path] != wanted:
+            return Finding(
+                "base", False,
+                f"its update of {path} is {_size(wanted)}, where {candidate.base} has "
+                f"{_size(shapes[path])}: it was made for another model",
+            )  # fmt: skip
+    return Finding("base", True, f"fits all its layers into {candidate.base}")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _is_no_copy(updates: Mapping[str, LowRank], others: Mapping[str, Path]) -> Finding:
+    closest, most = "", -1.0
+    for name, folder in others.items():
+        alike = similarity(updates, read_updates(folder))
+        if alike > most:
+            closest, most = name, alike
+    if not closest:
+        return Finding("weights", True, "the first of its base")
+    numbers = {"similarity": round(most, 4)}
+    if most > MOST_SIMILAR:
+        return Finding(
+            "weights", False,
+            f"its weights are those of {closest!r} (cosine {most:.3f}, {MOST_SIMILAR} at most)",
+            numbers,
+        )  # fmt: skip
+    return Finding("weights", True, f"closest is {closest!r}, with a cosine of {most:.3f}", numbers)
+
+
+def _spread(pairs: list[ChatPair]) -> list[ChatPair]:
+    return pairs[:: -(-len(pairs) // SAMPLES)]
+
+
+def _does_no_harm(examiner: Examiner, name: str) -> Finding:
+    pairs = examiner.read(read_pairs(CANARY)[0])
+    tokens = sum(len(pair.answer_ids) for pair in pairs)
+    change = examiner.losses(pairs, name).sum() - examiner.losses(pairs, None).sum()
+    harm = float(change) / tokens
+    # Not a number is no harm that could be borne.
+    passed = harm <= MOST_HARM
+    what = f"{harm:+.2f} nats per token on questions of no domain"
+    if not passed:
+        what += f", {MOST_HARM} at most: it has forgotten what its base knew"
+    return Finding("harm", passed, what, {"harm_nats": round(harm, 4)})
+
+
+def _gains(examiner: Examiner, name: str, pairs: list[TokenPair]) -> Finding:
+    """Whether its own samples are likelier with it than without."""
+    from scipy.stats import bootstrap
+
+    tokens = np.array([len(pair.answer_ids) for pair in pairs])
+    gains = (examiner.losses(pairs, None) - examiner.losses(pairs, name)) / tokens.mean()
+    low, high = float(gains.mean()), float(gains.mean())
+    if len(pairs) > 1:
+        found = bootstrap((gains,), np.mean, random_state=0, method="percentile")
+        low, high = map(float, found.confidence_interval)
+    what = (
+        f"{gains.mean():+.2f} nats per token on {len(pairs)} samples of its domain "
+        f"({low:+.2f} to {high:+.2f})"
+    )
+    if low <= 0:
+        what += ": its base alone does as well, as far as these tell"
+    numbers = {"gain_nats": round(float(gains.mean()), 4), "gain_low": round(low, 4)}
+    return Finding("gain", low > 0, what, numbers)
+
+
+def _is_new(
+    examiner: Examiner, name: str, others: Mapping[str, Path], pairs: list[TokenPair]
+) -> Finding:
+    """Whether no other changes the answers of its domain as it does."""
+    if not others:
+        return Finding("answers", True, "the first of its base")
+    whole = examiner.divergence(pairs, name, None)
+    apart = {other: examiner.divergence(pairs, name, other) / whole for other in others}
+    closest = min(apart, key=lambda other: apart[other])
+    share = apart[closest]
+    what = f"{closest!r} answers its samples at {share:.2f} of its own distance from the base"
+    if share < LEAST_NEW:
+        what += f", {LEAST_NEW} at least: that one does the same"
+    return Finding("answers", share >= LEAST_NEW, what, {"distance": round(share, 4)})

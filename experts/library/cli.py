@@ -1,0 +1,219 @@
+"""``collegium library``: what lies in a library, and what may come into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from experts.errors import ExpertConfigError
+from experts.library.manifest import Library, LibraryExpert, Provenance
+
+__all__ = ["library_command"]
+
+_FOLDER = click.option(
+    "--library", "folder", required=True, type=click.Path(file_okay=False, path_type=Path),
+    help="The library's folder.",
+)  # fmt: skip
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "training.json")
+
+
+@click.group("library", short_help="Keep adapters that others made, and test them first.")
+def library_command() -> None:
+    """A library lists adapters per base model, with samples of their domains and their source."""
+
+
+@library_command.command("add", short_help="Test an adapter and take it in.")
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_FOLDER
+@click.option("--name", help="What users put in 'model'; by default the folder's name.")
+@click.option("--base", help="Its base model; by default that of the library's first expert.")
+@click.option(
+    "--samples", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='JSONL file of {"prompt", "answer"} objects of its domain.',
+)  # fmt: skip
+@click.option("--description", default="", help="What it is good at, in a sentence.")
+@click.option("--source", default="", help="Who made it.")
+@click.option("--licence", default="", help="Under which terms it may be used.")
+@click.option("--trained-on", default="", help="What it was trained on.")
+@click.option(
+    "--accept", multiple=True, metavar="TEST",
+    help="Take it in although this test fails, which is noted; may be given several times.",
+)  # fmt: skip
+@click.option("--device", default="cpu", help="Where it is tried out, such as cuda:0.")
+def add_command(
+    adapter: Path,
+    folder: Path,
+    name: str | None,
+    base: str | None,
+    samples: Path | None,
+    description: str,
+    source: str,
+    licence: str,
+    trained_on: str,
+    accept: Sequence[str],
+    device: str,
+) -> None:
+    """Test ADAPTER, a folder in PEFT's format, and copy it into a library.
+
+    \b
+    files    safetensors alone, finite numbers, plain LoRA
+    base     made for this base model, in all its shapes
+    weights  no copy of an adapter that is there
+    harm     the base can still answer questions of no domain
+    gain     its samples are likelier with it than without
+    answers  no adapter that is there answers its samples as it does
+    """
+    with _user_errors():
+        from experts.library.admission import Candidate, examine
+
+        name = name or adapter.resolve().name
+        library = Library.at(folder)
+        known = library.bases()
+        if base is None and not known:
+            raise click.UsageError("--base: name the model that the first adapter was made for")
+        origin = Provenance(
+            source=source, licence=licence, trained_on=trained_on,
+            added=datetime.now(UTC).date(), sha256=_sha256(adapter),
+        )  # fmt: skip
+        expert = LibraryExpert.model_validate(
+            {"name": name, "base": base or known[0], "path": "-", "description": description,
+             "provenance": origin}
+        )  # fmt: skip
+        library.check_free(name)
+        candidate = Candidate(name, adapter, expert.base, samples)
+        others = {
+            other.name: library.path(other.path)
+            for other in library.of(expert.base)
+            if other.kind == "adapter"
+        }
+        numbers: dict[str, Any] = {}
+        refused = []
+        for found in examine(candidate, others, device=device):
+            taken = found.passed or found.test in accept
+            click.echo(f"{_word(found.passed, taken)} {found.test:8} {found.message}", err=True)
+            numbers |= found.numbers
+            if not taken:
+                refused.append(found.test)
+            if not found.passed and taken:
+                numbers.setdefault("accepted", []).append(found.test)
+        if refused:
+            tests = " and ".join(refused)
+            raise click.ClickException(f"{name} stays out of {folder}: refused by {tests}")
+        admitted = expert.model_copy(update={"admission": numbers})
+        library.take_in(admitted, lambda target: _copy(adapter, target), samples)
+        click.echo(f"{folder}: {name} is in, with {len(library.experts) - 1} others", err=True)
+
+
+def _word(passed: bool, taken: bool) -> str:
+    if passed:
+        return "passed  "
+    return "accepted" if taken else "refused "
+
+
+def _copy(adapter: Path, target: Path) -> None:
+    for name in _FILES:
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, target / name)
+
+
+def _sha256(folder: Path) -> str:
+    file = folder / _FILES[1]
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+@library_command.command("remove", short_help="Take an expert out.")
+@click.argument("name")
+@_FOLDER
+def remove_command(name: str, folder: Path) -> None:
+    """Take the expert NAME off the list, and its files out of the library's folder."""
+    with _user_errors():
+        Library(folder).remove(name)
+        click.echo(f"{folder}: {name} is out", err=True)
+
+
+@library_command.command("list", short_help="Show what is in a library.")
+@_FOLDER
+@click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
+def list_command(folder: Path, as_json: bool) -> None:
+    """Show a library's experts, by base model."""
+    with _user_errors():
+        library = Library(folder)
+        if as_json:
+            listed = [expert.model_dump(mode="json") for expert in library.experts.values()]
+            click.echo(json.dumps(listed, indent=1, ensure_ascii=False))
+            return
+        for base in library.bases():
+            click.echo(base)
+            for expert in library.of(base):
+                gain = expert.admission.get("gain_nats")
+                figure = "" if gain is None else f"{gain:+.2f} nats"
+                click.echo(f"  {expert.name:20} {figure:>11}  {expert.description}".rstrip())
+
+
+@library_command.command("check", short_help="Test what is in a library again.")
+@_FOLDER
+@click.option("--device", default="cpu", help="Where adapters are tried out, such as cuda:0.")
+@click.option("--files", "files_only", is_flag=True, help="Look at files alone, and run no model.")
+def check_command(folder: Path, device: str, files_only: bool) -> None:
+    """Test all adapters of a library again, and whether their weights are those that came in.
+
+    Each is compared with those that stand before it. Exits with 1 if one fails a test that was not
+    accepted when it came.
+    """
+    with _user_errors():
+        from experts.library.admission import Candidate, Finding, examine, examine_files
+
+        library = Library(folder)
+        earlier: dict[str, dict[str, Path]] = {}
+        failed = 0
+        for expert in library.experts.values():
+            if expert.kind == "model":
+                continue
+            path = library.path(expert.path)
+            samples = None if expert.samples is None else library.path(expert.samples)
+            candidate = Candidate(expert.name, path, expert.base, samples)
+            others = earlier.setdefault(expert.base, {})
+            findings = list(
+                examine_files(candidate, others)
+                if files_only
+                else examine(candidate, others, device=device)
+            )
+            if expert.provenance.sha256 not in ("", _sha256(path)):
+                why = "its weights are not those that came in; remove it, and add these as others"
+                findings.append(Finding("sha256", False, why))
+            earlier[expert.base] = {**others, expert.name: path}
+            accepted = expert.admission.get("accepted", [])
+            bad = [found for found in findings if not found.passed and found.test not in accepted]
+            for found in bad:
+                click.echo(f"{expert.name}: {found.test}: {found.message}")
+            failed += bool(bad)
+        click.echo(
+            f"{folder}: {len(library.experts)} experts, {failed} with a failed test", err=True
+        )
+        if failed:
+            raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Show what a user can mend as one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.UsageError(f"--{first['loc'][0]}: {first['msg']}") from error
+    except ExpertConfigError as error:
+        raise click.UsageError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise click.UsageError(
+            f"testing adapters needs {error.name}: pip install 'collegium[torch]'"
+        ) from error

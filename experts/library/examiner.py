@@ -1,0 +1,130 @@
+"""How a base model and adapters of it behave on texts: what tests of admission look at.
+
+Imports torch when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experts.config import AdapterConfig, TransformersExpertConfig
+from experts.finetune_data import ChatPair, TokenPair, common_start, pack, tokenize
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Examiner"]
+
+# Tokens that are computed together, about; attention over a row of texts grows with its square.
+ROW_TOKENS = 1024
+
+
+class Examiner:
+    """A base model with adapters.
+
+    Args:
+        base: The model, as in an expert's config.
+        adapters: Folder of each adapter, by name.
+        device: A torch device.
+        dtype: Number format of the model.
+
+    Raises:
+        ExpertConfigError: Something cannot be loaded, or does not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        adapters: Mapping[str, Path],
+        *,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    ) -> None:
+        from experts.loading import load_model
+        from experts.lora import AdapterRows
+
+        self._rows = AdapterRows()
+        hosted = [AdapterConfig(name=name, path=str(folder)) for name, folder in adapters.items()]
+        config = TransformersExpertConfig(
+            name="base", engine="transformers", model=base, adapters=tuple(hosted), device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        self.tokenizer, self._model = load_model(config, self._rows)
+        self._places = {name: place for place, name in enumerate(adapters, 1)}
+
+    def read(self, pairs: Sequence[ChatPair]) -> list[TokenPair]:
+        """Pairs as the base's tokenizer and chat template make them."""
+        return tokenize(pairs, self.tokenizer)
+
+    def logits(self, pairs: Sequence[TokenPair], adapter: str | None) -> Iterator[torch.Tensor]:
+        """What follows: logits of each pair's answer tokens, shape (n_tokens, vocabulary) each.
+
+        Args:
+            pairs: Texts; those that begin alike are best neighbours.
+            adapter: Who reads them; none is the base alone.
+        """
+        import torch
+
+        device = self._model.device
+        place = self._places[adapter] if adapter is not None else 0
+        for group in _rows_of(pairs):
+            batch = pack(group)
+            self._rows.indices = torch.tensor([place], device=device) if place else None
+            with torch.no_grad():
+                found: Any = self._model(
+                    input_ids=batch.input_ids.to(device),
+                    position_ids=batch.position_ids.to(device),
+                    attention_mask=batch.attention_mask.to(device),
+                    logits_to_keep=batch.predicting.to(device),
+                    use_cache=False,
+                )
+            yield from found.logits[0].float().split([len(pair.answer_ids) for pair in group])
+
+    def losses(self, pairs: Sequence[TokenPair], adapter: str | None) -> NDArray[np.float64]:
+        """Loss of each answer, summed over its tokens, in nats; shape (n_pairs,)."""
+        import torch
+        from torch.nn import functional
+
+        found = [
+            float(
+                functional.cross_entropy(
+                    logits.cpu(), torch.tensor(pair.answer_ids), reduction="sum"
+                )
+            )
+            for pair, logits in zip(pairs, self.logits(pairs, adapter), strict=True)
+        ]
+        return np.array(found)
+
+    def divergence(self, pairs: Sequence[TokenPair], one: str | None, other: str | None) -> float:
+        """How differently two of them go on: Jensen-Shannon divergence per token, in nats."""
+        total, tokens = 0.0, 0
+        for p, q in zip(self.logits(pairs, one), self.logits(pairs, other), strict=True):
+            log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+            middle = (log_p.exp() + log_q.exp()).div(2).log()
+            total += sum(float((x.exp() * (x - middle)).sum()) for x in (log_p, log_q)) / 2
+            tokens += len(p)
+        return total / tokens
+
+
+def _rows_of(pairs: Iterable[TokenPair]) -> Iterator[list[TokenPair]]:
+    """Neighbours together, as many as a row bears; what all of a row begin with counts once."""
+    row: list[TokenPair] = []
+    shared, total = 0, 0
+    for pair in pairs:
+        start = common_start([row[0].prompt_ids[:shared], pair.prompt_ids]) if row else 0
+        longer = total + (len(row) - 1) * (shared - start) + pair.length - start
+        if row and longer > ROW_TOKENS:
+            yield row
+            row = []
+        if row:
+            shared, total = start, longer
+        else:
+            shared, total = len(pair.prompt_ids) - 1, pair.length
+        row.append(pair)
+    if row:
+        yield row

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from tests.experts.latent import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base of random weights, and two adapters of it."""
+    from peft import LoraConfig, get_peft_model
+
+    home = tmp_path_factory.mktemp("library")
+    base = tiny.save(home / "base", "llama")
+    for seed, name in enumerate(["one", "two"]):
+        model = tiny.language_model("llama", len(tiny.tokenizer(300)))
+        settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"])
+        adapted = get_peft_model(model, settings)
+        torch.manual_seed(seed)
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        adapted.peft_config["default"].base_model_name_or_path = base
+        adapted.save_pretrained(home / name)
+    return home
