@@ -59,6 +59,7 @@ TABLE = Path(__file__).parent.parent / "evals" / "data" / "embedded_table"
 SPECIALISTS = ("maths", "intents", "docstrings", "extract")
 SEEDS = (0, 1, 2)
 ALONE, COLLABORATION, NO_PEERS, LORA = "writer alone", "collaboration", "no peers", "LoRA"
+ROUTED, ROUTED_NO_PEERS = "router writes alone", "router writes, no peers"
 # What the collaboration is compared with: as many parameters, nobody to listen to.
 REFERENCES = (NO_PEERS, LORA)
 # Learning rates of what it is compared with; what is best on validation for the first seed is taken
@@ -155,7 +156,9 @@ ARMS: dict[str, Changes] = {
     "no entropy": with_settings(entropy=0.0),
     "no balance": with_settings(balance=0.0),
     "router writes": with_settings(writer=None),
-    "router writes alone": with_settings(writer=None, n_stacks=1),
+    # Its writers are good to begin with, and may get worse before they get better.
+    ROUTED_NO_PEERS: with_settings(writer=None, active=1, patience=9),
+    ROUTED: with_settings(writer=None, n_stacks=1),
 }
 FACT_ARMS = (COLLABORATION, NO_PEERS, "copies of the writer as peers", "2 stacks")
 GEMMA_ARMS = (COLLABORATION, NO_PEERS)
@@ -314,7 +317,7 @@ def per_token(answers: Answers) -> float:
 
 
 def at_its_own_rate(
-    config: LatentTrainingConfig, members: Mapping[str, Member], work: Path
+    arm: str, config: LatentTrainingConfig, members: Mapping[str, Member], work: Path
 ) -> tuple[LatentTrainingConfig, Path]:
     """A training without peers at the learning rate that validation likes best, and its folder.
 
@@ -323,8 +326,8 @@ def at_its_own_rate(
 
     def at(rate: float, seed: int) -> tuple[LatentTrainingConfig, Path]:
         settings = {"learning_rate": rate, "seed": seed}
-        changed = without_peers(config.model_copy(update=settings), members)
-        return changed, work / f"{NO_PEERS.replace(' ', '_')}-{seed}-{rate:g}"
+        changed = ARMS[arm](config.model_copy(update=settings), members)
+        return changed, work / f"{arm.replace(' ', '_')}-{seed}-{rate:g}"
 
     def loss(rate: float) -> float:
         changed, out = at(rate, SEEDS[0])
@@ -375,8 +378,8 @@ def measure(
             except ValidationError as error:
                 print(f"{arm!r} does not apply: {error.errors()[0]['msg']}", file=sys.stderr)
                 continue
-            if arm == NO_PEERS:
-                changed, out = at_its_own_rate(seeded, members, work)
+            if arm in (NO_PEERS, ROUTED_NO_PEERS):
+                changed, out = at_its_own_rate(arm, seeded, members, work)
             answers, manifest = collaborated(changed, members, out)
             parameters = manifest.parameters + manifest.router_parameters
             keep(arm, seed, answers, parameters, manifest.history)
@@ -407,6 +410,7 @@ def lines(found: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
             for reference in REFERENCES
             if reference in found
         }
+        exact = column(arm, 2)
         table.append(
             {
                 "arm": arm,
@@ -417,7 +421,10 @@ def lines(found: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
                 ],
                 "loss": bootstrap_mean(losses)._asdict(),
                 "differences": differences,
-                "exact": bootstrap_mean(column(arm, 2))._asdict(),
+                "exact": bootstrap_mean(exact)._asdict(),
+                "exact_difference": bootstrap_mean(exact - column(ROUTED, 2))._asdict()
+                if ROUTED in found
+                else None,
             }
         )
     return table
@@ -430,6 +437,7 @@ def page(
     names = ", ".join(f"`{member.name}`" for member in config.members)
     references = list(table[0]["differences"])
     to = "".join(f" less {reference} |" for reference in references)
+    routed = table[0]["exact_difference"] is not None
     rows = [
         f"# Latent collaboration: {data}",
         "",
@@ -437,12 +445,12 @@ def page(
         f"{config.n_stacks} stacks, width {config.width}, {config.precision}. Loss per answer "
         "token of the test pairs, and share of exact answers, means over seeds with 95% intervals "
         "of the bootstrap over prompts; differences of loss are to as many parameters without "
-        "peers.",
+        "peers, that of exact answers to the router's choice alone.",
         "",
         f"![Held-out loss over steps]({figure})",
         "",
-        f"| arm | parameters | loss | by seed |{to} exact |",
-        f"|---|--:|--:|---|{'--:|' * len(references)}--:|",
+        f"| arm | parameters | loss | by seed |{to} exact |" + f" less {ROUTED} |" * routed,
+        f"|---|--:|--:|---|{'--:|' * (len(references) + 1 + routed)}",
     ]
     for line in table:
         cells = [
@@ -450,6 +458,7 @@ def page(
             ", ".join(f"{loss:.3f}" for loss in line["seeds"]),
             *(with_interval(line["differences"][name], "+.3f") for name in references),
             with_interval(line["exact"]),
+            *([with_interval(line["exact_difference"], "+.3f")] if routed else []),
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
