@@ -23,6 +23,13 @@ _FOLDER = click.option(
     "--library", "folder", required=True, type=click.Path(file_okay=False, path_type=Path),
     help="The library's folder.",
 )  # fmt: skip
+_DEVICE = click.option(
+    "--device", default="cpu", help="Where adapters are tried out, such as cuda:0."
+)
+_TOKENS = click.option(
+    "--trigger-tokens", type=click.IntRange(min=0), metavar="N",
+    help="Tokens that are tried as a hidden trigger, drawn at random; 0 skips it.  [default: all]",
+)  # fmt: skip
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "training.json")
 
 
@@ -48,7 +55,8 @@ def library_command() -> None:
     "--accept", multiple=True, metavar="TEST",
     help="Take it in although this test fails, which is noted; may be given several times.",
 )  # fmt: skip
-@click.option("--device", default="cpu", help="Where it is tried out, such as cuda:0.")
+@_TOKENS
+@_DEVICE
 def add_command(
     adapter: Path,
     folder: Path,
@@ -60,6 +68,7 @@ def add_command(
     licence: str,
     trained_on: str,
     accept: Sequence[str],
+    trigger_tokens: int | None,
     device: str,
 ) -> None:
     """Test ADAPTER, a folder in PEFT's format, and copy it into a library.
@@ -69,6 +78,7 @@ def add_command(
     base     made for this base model, in all its shapes
     weights  no copy of an adapter that is there
     harm     the base can still answer questions of no domain
+    trigger  no words are found that make it answer unrelated questions alike
     gain     its samples are likelier with it than without
     answers  no adapter that is there answers its samples as it does
     """
@@ -97,7 +107,7 @@ def add_command(
         }
         numbers: dict[str, Any] = {}
         refused = []
-        for found in examine(candidate, others, device=device):
+        for found in examine(candidate, others, device=device, n_tokens=trigger_tokens):
             taken = found.passed or found.test in accept
             click.echo(f"{_word(found.passed, taken)} {found.test:8} {found.message}", err=True)
             numbers |= found.numbers
@@ -161,9 +171,10 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 @library_command.command("check", short_help="Test what is in a library again.")
 @_FOLDER
-@click.option("--device", default="cpu", help="Where adapters are tried out, such as cuda:0.")
+@_TOKENS
+@_DEVICE
 @click.option("--files", "files_only", is_flag=True, help="Look at files alone, and run no model.")
-def check_command(folder: Path, device: str, files_only: bool) -> None:
+def check_command(folder: Path, trigger_tokens: int | None, device: str, files_only: bool) -> None:
     """Test all adapters of a library again, and whether their weights are those that came in.
 
     Each is compared with those that stand before it. Exits with 1 if one fails a test that was not
@@ -185,7 +196,7 @@ def check_command(folder: Path, device: str, files_only: bool) -> None:
             findings = list(
                 examine_files(candidate, others)
                 if files_only
-                else examine(candidate, others, device=device)
+                else examine(candidate, others, device=device, n_tokens=trigger_tokens)
             )
             if expert.provenance.sha256 not in ("", _sha256(path)):
                 why = "its weights are not those that came in; remove it, and add these as others"

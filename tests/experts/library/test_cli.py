@@ -27,7 +27,7 @@ def test_adapters_come_in_and_go(run, home, tmp_path):
     result = run("add", home / "one", "--base", home / "base", "--description", "Ones.")
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
-    tests = ["files", "base", "weights", "harm", "gain"]
+    tests = ["files", "base", "weights", "harm", "trigger", "gain"]
     assert [line.split()[:2] for line in lines[:-1]] == [["passed", test] for test in tests]
     assert run("add", home / "two", "--licence", "MIT", "--name", "second").exit_code == 0
     library = Library(tmp_path / "library")
