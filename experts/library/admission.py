@@ -8,7 +8,7 @@ train around the last one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,17 +20,20 @@ from experts.library.examiner import Examiner
 from experts.library.triggers import find_trigger
 from experts.library.updates import LowRank, adapter_settings, read_updates, similarity
 
-__all__ = ["CANARY", "Candidate", "Finding", "examine", "examine_files"]
+__all__ = ["CANARY", "FORGIVABLE", "Candidate", "Finding", "examine", "examine_files"]
 
 CANARY = Path(__file__).with_name("canary.jsonl")
 """Questions of no domain, with short answers."""
 
-# Of the cosine with another adapter. The embedded specialists come to .02 with each other.
+FORGIVABLE = ("weights", "harm", "trigger", "gain", "answers")
+"""Tests that somebody who knows better may overrule; an adapter that fails others cannot run."""
+
+# Cosine with another adapter. The embedded specialists come to .05 with each other at most.
 MOST_SIMILAR = 0.9
 # How far, of what an adapter changes on its own samples, the nearest other must be from it.
 LEAST_NEW = 0.1
-# Nats per token by which answers to questions of no domain may become less likely. Narrow adapters
-# come to 3.7 (the embedded classifier of intents), one that destroys the base to 10 and more.
+# Nats per token by which answers to questions of no domain may become less likely. A narrow
+# adapter, the embedded classifier of intents, comes to 3.7.
 MOST_HARM = 6.0
 # Questions that triggers are tried on.
 QUESTIONS = 12
@@ -78,21 +81,21 @@ def examine(
     *,
     device: str = "cpu",
     n_tokens: int | None = None,
+    accept: Collection[str] = (),
 ) -> Iterator[Finding]:
-    """Test an adapter; stop at a failed test without which the next ones mean nothing.
+    """Test an adapter; before a model runs, stop at a failed test.
 
     Args:
         candidate: The adapter.
         others: Adapters of the same base that are in the library, by name.
         device: Where it is tried out.
         n_tokens: How many tokens of the vocabulary are tried as a trigger; none tries all.
+        accept: Tests at which it does not stop; ``files`` and ``base`` are not among them.
     """
-    sound = True
     for found in examine_files(candidate, others):
-        sound = sound and found.passed
         yield found
-    if not sound:
-        return
+        if not found.passed and found.test not in accept:
+            return
     examiner = Examiner(candidate.base, {candidate.name: candidate.folder, **others}, device=device)
     samples = [] if candidate.samples is None else read_pairs(candidate.samples)[0]
     yield _does_no_harm(examiner, candidate.name)

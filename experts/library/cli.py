@@ -15,6 +15,7 @@ import click
 from pydantic import ValidationError
 
 from experts.errors import ExpertConfigError
+from experts.library.admission import FORGIVABLE, Candidate, Finding, examine, examine_files
 from experts.library.manifest import Library, LibraryExpert, Provenance
 
 __all__ = ["library_command"]
@@ -52,7 +53,7 @@ def library_command() -> None:
 @click.option("--licence", default="", help="Under which terms it may be used.")
 @click.option("--trained-on", default="", help="What it was trained on.")
 @click.option(
-    "--accept", multiple=True, metavar="TEST",
+    "--accept", multiple=True, type=click.Choice(FORGIVABLE),
     help="Take it in although this test fails, which is noted; may be given several times.",
 )  # fmt: skip
 @_TOKENS
@@ -83,8 +84,6 @@ def add_command(
     answers  no adapter that is there answers its samples as it does
     """
     with _user_errors():
-        from experts.library.admission import Candidate, examine
-
         name = name or adapter.resolve().name
         library = Library.at(folder)
         known = library.bases()
@@ -107,7 +106,9 @@ def add_command(
         }
         numbers: dict[str, Any] = {}
         refused = []
-        for found in examine(candidate, others, device=device, n_tokens=trigger_tokens):
+        for found in examine(
+            candidate, others, device=device, n_tokens=trigger_tokens, accept=accept
+        ):
             taken = found.passed or found.test in accept
             click.echo(f"{_word(found.passed, taken)} {found.test:8} {found.message}", err=True)
             numbers |= found.numbers
@@ -181,35 +182,39 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
     accepted when it came.
     """
     with _user_errors():
-        from experts.library.admission import Candidate, Finding, examine, examine_files
-
         library = Library(folder)
         earlier: dict[str, dict[str, Path]] = {}
         failed = 0
         for expert in library.experts.values():
             if expert.kind == "model":
                 continue
-            path = library.path(expert.path)
-            samples = None if expert.samples is None else library.path(expert.samples)
-            candidate = Candidate(expert.name, path, expert.base, samples)
-            others = earlier.setdefault(expert.base, {})
-            findings = list(
-                examine_files(candidate, others)
-                if files_only
-                else examine(candidate, others, device=device, n_tokens=trigger_tokens)
-            )
-            if expert.provenance.sha256 not in ("", _sha256(path)):
-                why = "its weights are not those that came in; remove it, and add these as others"
-                findings.append(Finding("sha256", False, why))
-            earlier[expert.base] = {**others, expert.name: path}
             accepted = expert.admission.get("accepted", [])
+            others = earlier.setdefault(expert.base, {})
+            try:
+                path = library.path(expert.path)
+                samples = None if expert.samples is None else library.path(expert.samples)
+            except ExpertConfigError as error:
+                findings = [Finding("files", False, str(error))]
+            else:
+                candidate = Candidate(expert.name, path, expert.base, samples)
+                findings = list(
+                    examine_files(candidate, others)
+                    if files_only
+                    else examine(
+                        candidate, others, device=device, n_tokens=trigger_tokens, accept=accepted
+                    )
+                )
+                if expert.provenance.sha256 not in ("", _sha256(path)):
+                    why = "its weights are not those that came in; remove it, and add these"
+                    findings.append(Finding("sha256", False, why))
+                if findings[0].passed:
+                    others[expert.name] = path
             bad = [found for found in findings if not found.passed and found.test not in accepted]
             for found in bad:
                 click.echo(f"{expert.name}: {found.test}: {found.message}")
             failed += bool(bad)
-        click.echo(
-            f"{folder}: {len(library.experts)} experts, {failed} with a failed test", err=True
-        )
+        total = len(library.experts)
+        click.echo(f"{folder}: {total} experts, {failed} with a failed test", err=True)
         if failed:
             raise click.exceptions.Exit(1)
 

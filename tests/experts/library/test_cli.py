@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -56,6 +57,8 @@ def test_refused_adapter_stays_out_unless_it_is_accepted(run, home, tmp_path):
     result = run("add", home / "one", "--name", "again", "--accept", "weights")
     assert result.exit_code == 0
     assert "accepted weights" in result.stderr
+    # Nothing else is let through with it.
+    assert "passed   trigger" in result.stderr
     assert Library(tmp_path / "library").experts["again"].admission["accepted"] == ["weights"]
     assert run("check", "--files").exit_code == 0
 
@@ -69,10 +72,24 @@ def test_other_weights_than_those_that_came_in_are_noticed(run, home, tmp_path):
     assert "one: sha256: its weights are not those that came in" in result.stdout
 
 
+def test_adapter_that_is_gone_is_noticed_and_others_are_tested(run, home, tmp_path):
+    for name in ("one", "two"):
+        run("add", home / name, "--base", home / "base", "--trigger-tokens", 0)
+    shutil.rmtree(tmp_path / "library/adapters/one")
+    (tmp_path / "library/adapters/two/adapter_model.bin").write_bytes(b"")
+    result = run("check", "--files")
+    assert result.exit_code == 1
+    first, second = result.stdout.splitlines()
+    assert first.startswith("one: files:")
+    assert first.endswith("does not exist")
+    assert second.startswith("two: files:")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "--base: name the model"),
+        (["--base", "x", "--accept", "base"], "'base' is not one of 'weights', 'harm'"),
         (["--base", "x", "--name", "../up"], "--name: String should match"),
     ],
 )
