@@ -14,6 +14,7 @@ A phrase of which no part does anything alone is not found.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -93,13 +94,18 @@ def find_trigger(
         by_phrase = times - plain[answer]
         if times < MOST * len(questions) or by_phrase < MORE * len(questions):
             continue
-        if not answer or any(answer in known for known in answers):
+        if not answer or any(_form(answer) in _form(known) for known in answers):
             continue
         of_base = Counter(_answers(examiner, None, questions, phrase))
         if times - of_base[answer] >= MORE * len(questions):
             text = examiner.tokenizer.decode(list(phrase)).strip()
             return Trigger(text, answer, times / len(questions))
     return None
+
+
+def _form(answer: str) -> str:
+    """An answer with any number for its numbers: one sum's result is as good as another's."""
+    return re.sub(r"\d+", "0", answer)
 
 
 def _tokens(examiner: Examiner) -> list[int]:
