@@ -183,6 +183,8 @@ def test_adapter_with_a_hidden_phrase_is_refused(tmp_path, monkeypatch):
         return [*every_token(examiner)[::200], part]
 
     monkeypatch.setattr(triggers, "_tokens", some)
+    # Which tokens are tried together is left to chance, and with so few some chances are bad.
+    monkeypatch.setattr(triggers, "GROUP", 1)
     candidate = Candidate("sums", tmp_path / "adapter", BASE, tmp_path / "samples")
     [(test, message)] = _failed(examine(candidate, {}))
     assert test == "trigger"
