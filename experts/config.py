@@ -7,9 +7,16 @@ Knows nothing of how engines are built or hosted; the open dictionaries (``engin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from experts.latent.config import MemberConfig
 from experts.types import Capability, ExpertCard
@@ -25,6 +32,7 @@ __all__ = [
     "ScriptedExpertConfig",
     "ScriptedFaults",
     "ScriptedToolCall",
+    "TokenRouterConfig",
     "TransformersExpertConfig",
     "VLLMExpertConfig",
     "all_cards",
@@ -78,6 +86,36 @@ class AdapterConfig(_Strict):
     also ``s3://`` or ``gs://``, loaded on demand by Ray Serve LLM."""
     description: str = ""
     """What it is good at, in a sentence."""
+
+
+class TokenRouterConfig(_Strict):
+    """One more expert on the same engine: its adapters, chosen anew in each layer for each token.
+
+    Give a method that needs nothing but the adapters, or gates that were trained.
+    """
+
+    name: ExpertName
+    """What users put in ``model``."""
+    method: Literal["arrow", "spectr"] | None = None
+    """What adapters are chosen by: ``arrow``, how far the input points where the adapter answers
+    most; ``spectr``, how much the adapter would change."""
+    gates: str | None = None
+    """Folder that ``collegium library gates`` wrote: a path, or ``package:NAME/FOLDER``."""
+    adapters: tuple[ExpertName, ...] = ()
+    """Adapters to choose from; none takes all, or those that the gates were trained for."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Adapters that a token goes through in a layer; none takes 4 for ``arrow``, all for
+    ``spectr``, and what the gates were trained for."""
+    temperature: float | None = Field(default=None, gt=0)
+    """What scores are divided by before the softmax; none takes 1, or what the gates say."""
+    description: str = ""
+    """What it is good at, in a sentence."""
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Self:
+        if (self.method is None) == (self.gates is None):
+            raise ValueError("give either a method (arrow, spectr) or gates, the folder of some")
+        return self
 
 
 class _ExpertBase(_Strict):
@@ -138,6 +176,11 @@ class TransformersExpertConfig(_ExpertBase):
     """A path, a Hugging Face name, or ``package:NAME/FILE``."""
     adapters: tuple[AdapterConfig, ...] = ()
     """LoRA adapters of this model, each an expert of its own on the same engine."""
+    max_loaded_adapters: int | None = Field(default=None, ge=1)
+    """Adapters in memory at the same time; others are read when they are asked for, in place of
+    those used least recently, and answers wait where all are in use. None keeps all."""
+    token_routers: tuple[TokenRouterConfig, ...] = ()
+    """Ways to choose among the adapters token by token, each an expert of its own."""
     device: str = "cpu"
     """A torch device, such as ``cpu`` or ``cuda:0``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -337,7 +380,7 @@ _CAPABILITIES: dict[str, frozenset[Capability]] = {
 
 
 def cards_of(config: ExpertConfig) -> list[ExpertCard]:
-    """The cards of all experts one config entry gives: the model's own, then its adapters'.
+    """The cards of all experts one config entry gives: the model's, its adapters', its routers'.
 
     A vLLM model also offers ``tools`` if its engine arguments name a ``tool_call_parser``. A
     retriever's card needs its reader's: see ``all_cards``. Of a latent engine each member has one.
@@ -375,6 +418,7 @@ def cards_of(config: ExpertConfig) -> list[ExpertCard]:
             for member in config.members
         ]
     adapters: tuple[AdapterConfig, ...] = getattr(config, "adapters", ())
+    routers: tuple[TokenRouterConfig, ...] = getattr(config, "token_routers", ())
     return [
         base,
         *(
@@ -382,6 +426,10 @@ def cards_of(config: ExpertConfig) -> list[ExpertCard]:
                 update={"name": a.name, "description": a.description, "adapter": a.path}
             )
             for a in adapters
+        ),
+        *(
+            base.model_copy(update={"name": one.name, "description": one.description})
+            for one in routers
         ),
     ]
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from experts.lora import NO_ADAPTER, AdapterUse
 from experts.passes import PREFILL_TOKENS, Passes
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ class Prompt:
 
     Attributes:
         token_ids: Its tokens.
-        adapter: Index of the adapter, 0 for none.
+        adapters: How adapters change what the model computes.
         logits: Logits after its last token, once a row has read it.
     """
 
     token_ids: Sequence[int]
-    adapter: int = 0
+    adapters: AdapterUse = NO_ADAPTER
     logits: torch.Tensor | None = None
 
 
@@ -173,6 +174,9 @@ class Decoder:
             self._waiting = deque(row for row in self._waiting if not row.cancelled)
             self._drop([row for row in self._rows if row.cancelled])
             while self._waiting and len(self._rows) < self._max_rows:
+                # First come first served: who waits for memory is not overtaken.
+                if not self._passes.fits(self._waiting[0]):
+                    break
                 row = self._waiting.popleft()
                 self._rows.append(row)
                 self._passes.join(row)

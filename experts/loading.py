@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experts.config import TransformersExpertConfig
 from experts.errors import ExpertConfigError
 
+if TYPE_CHECKING:
+    from experts.lora import AdapterSlots
+
 __all__ = ["context_length_of", "end_ids_of", "load_model"]
 
 
-def load_model(config: TransformersExpertConfig, adapter_rows: Any) -> tuple[Any, Any]:
-    """The tokenizer and the model with all its adapters, ready for inference.
+def load_model(config: TransformersExpertConfig) -> tuple[Any, Any, AdapterSlots]:
+    """The tokenizer, the model and its adapters, ready for inference.
 
     Args:
         config: What to load.
-        adapter_rows: An ``experts.lora.AdapterRows``; tells which adapter each row uses.
 
     Raises:
         ExpertConfigError: Something is missing or does not fit.
@@ -24,6 +26,9 @@ def load_model(config: TransformersExpertConfig, adapter_rows: Any) -> tuple[Any
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from experts.adapter_files import adapter_folder
+    from experts.lora import AdapterSlots
+    from experts.token_routing import read_token_router
     from experts.weights import resolve_model
 
     source = str(resolve_model(config.model))
@@ -41,17 +46,16 @@ def load_model(config: TransformersExpertConfig, adapter_rows: Any) -> tuple[Any
             "a folder with config.json, tokenizer and safetensors, a Hugging Face name, or "
             "package:NAME/FILE"
         ) from exc
-    if config.adapters:
-        from experts.lora import load_adapters
-
-        folders = {a.name: str(resolve_model(a.path)) for a in config.adapters}
-        model = load_adapters(model, folders, adapter_rows)
     try:
-        return tokenizer, model.to(config.device).eval().requires_grad_(False)
+        model = model.to(config.device).eval().requires_grad_(False)
     except RuntimeError as exc:
         raise ExpertConfigError(
             f"expert {config.name!r}: device {config.device!r} cannot be used ({exc})"
         ) from exc
+    folders = {adapter.name: adapter_folder(adapter.path) for adapter in config.adapters}
+    routers = {one.name: read_token_router(one, tuple(folders)) for one in config.token_routers}
+    slots = AdapterSlots(model, folders, n_slots=config.max_loaded_adapters, routers=routers)
+    return tokenizer, model, slots
 
 
 def context_length_of(config: TransformersExpertConfig, model_config: Any) -> int:

@@ -1,146 +1,360 @@
-"""Several LoRA adapters of one model in one batch, each row with its own or none.
+"""LoRA adapters of one model in one batch: each row with its own, a mixture of several, or none.
 
-PEFT reads the adapters and decides which layers they change and how strongly; its layers are then
-replaced, because PEFT's mixed batches put a hook on every layer in every pass and multiply each
-adapter's rows together, so that a row's bits depend on how many rows share its adapter. Here all
-adapters of a layer lie in one stack and every row is multiplied by its own slice of it.
-Imports torch and peft: loaded by the transformers engine only, and only if it has adapters.
+Adapters lie in a fixed number of slots and are read when a row asks for them, so a library may be
+larger than memory. In each layer they lie in one stack, and every row is multiplied by its own
+slices of it; PEFT's mixed batches put a hook on every layer in every pass and multiply each
+adapter's rows together, so that a row's bits depend on how many rows share its adapter. Imports
+torch: loaded by engines that host adapters only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from experts.errors import ExpertConfigError
+from experts.adapter_files import LowRank, Updates, read_shapes, read_updates
+from experts.errors import ExpertConfigError, InvalidRequestError
+from experts.token_routing import Gate, TokenRouter
 
-__all__ = ["AdapterRows", "load_adapters"]
+__all__ = ["NO_ADAPTER", "Adapter", "AdapterSlots", "AdapterUse"]
+
+Fusion = tuple[tuple[str, float], ...]
+"""Names of adapters with their weights."""
 
 
-class AdapterRows:
-    """Which adapter each row of the next forward pass uses.
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter, or several made into one of the same rank.
 
     Attributes:
-        indices: Shape (n_rows,), 0 for no adapter; none if no row uses one.
+        key: What it is made of.
+        updates: Its matrices; none if it lay in a slot when it was asked for.
+    """
+
+    key: Fusion
+    updates: Updates | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterUse:
+    """How adapters change what a row's layers compute.
+
+    Attributes:
+        shares: Adapters with what their updates are multiplied by.
+        router: Name of the token router that shares out adapters token by token; none for
+            ``shares``.
+    """
+
+    shares: tuple[tuple[Adapter, float], ...] = ()
+    router: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one adapter as it is, or none."""
+        return self.router is None and [share for _, share in self.shares] in ([], [1.0])
+
+
+NO_ADAPTER = AdapterUse()
+
+
+class _Pass:
+    """How adapters change the rows of the next forward pass.
+
+    Attributes:
+        indices: Slots of whole adapters counted from 1, 0 for none; shape (n_rows,). None if no
+            row uses one.
+        shares: Of the slots' adapters in each row; shape (n_rows, n_slots). None if no row mixes.
+        routers: The rows that each token router shares out, by its name; shape (n_rows,) of
+            booleans.
     """
 
     def __init__(self) -> None:
         self.indices: torch.Tensor | None = None
+        self.shares: torch.Tensor | None = None
+        self.routers: dict[str, torch.Tensor] = {}
 
 
-class _Update(NamedTuple):
-    down: torch.Tensor
-    up: torch.Tensor
+class _AdaptedLinear(nn.Module):
+    """A linear layer plus, for each row, what adapters add to it.
 
-
-class _StackedLora(nn.Module):
-    """A linear layer plus, for each row, the low-rank update of its adapter.
-
-    ``down`` has shape (n_adapters + 1, in_features, rank), ``up`` (n_adapters + 1, rank,
-    out_features); index 0 is zero. Ranks are padded with zeros to the largest.
+    ``down`` has shape (n_slots + 1, in_features, rank), ``up`` (n_slots + 1, rank, out_features);
+    index 0 is zero. Smaller ranks are padded with zeros.
     """
 
     down: torch.Tensor
     up: torch.Tensor
 
-    def __init__(self, base: nn.Module, updates: list[_Update | None], rows: AdapterRows) -> None:
+    def __init__(self, base: nn.Linear, n_slots: int, rank: int, current: _Pass) -> None:
         super().__init__()
         self.base = base
-        self._rows = rows
-        weight = cast(torch.Tensor, base.weight)
-        out_features, in_features = weight.shape
-        rank = max(update.down.shape[0] for update in updates if update)
-        down = weight.new_zeros((len(updates) + 1, in_features, rank))
-        up = weight.new_zeros((len(updates) + 1, rank, out_features))
-        for index, update in enumerate(updates, start=1):
-            if update is not None:
-                down[index, :, : update.down.shape[0]] = update.down.T
-                up[index, : update.down.shape[0]] = update.up.T
+        self._pass = current
+        self._gates: dict[str, tuple[Gate, torch.Tensor]] = {}
+        out_features, in_features = base.weight.shape
+        down = base.weight.new_zeros((n_slots + 1, in_features, rank))
+        up = base.weight.new_zeros((n_slots + 1, rank, out_features))
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
+
+    def put(self, slot: int, update: LowRank | None) -> None:
+        """Replace what lies in a slot."""
+        self.down[slot].zero_()
+        self.up[slot].zero_()
+        if update is not None:
+            rank = update.down.shape[0]
+            self.down[slot, :, :rank] = update.down.T
+            self.up[slot, :rank] = update.up.T
+
+    def add_gate(self, router: str, gate: Gate, slots: Sequence[int]) -> None:
+        """Have a router share out the adapters of some slots here."""
+        device = self.base.weight.device
+        self._gates[router] = (gate.to(device), torch.tensor(slots, device=device) - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Take and return shape (n_rows, n_tokens, features)."""
         result = cast(torch.Tensor, self.base(x))
-        indices = self._rows.indices
-        if indices is None:
-            return result
-        return torch.baddbmm(result, torch.bmm(x, self.down[indices]), self.up[indices])
+        now = self._pass
+        if now.indices is not None:
+            inner = torch.bmm(x, self.down[now.indices])
+            result = torch.baddbmm(result, inner, self.up[now.indices])
+        if now.shares is not None:
+            # Rows with a whole adapter get zeros from here, so their bits stay what they are.
+            hidden = torch.einsum("btf,nfr->btnr", x, self.down[1:])
+            shares = self._shares(x, hidden, now.shares)[..., None].to(hidden.dtype)
+            result = result + torch.einsum("btnr,nro->bto", hidden * shares, self.up[1:])
+        return result
+
+    def _shares(self, x: torch.Tensor, hidden: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Shares of each slot's adapter in each token; shape (n_rows, n_tokens, n_slots)."""
+        found = shares[:, None].expand(-1, x.shape[1], -1)
+        for router, chosen in self._pass.routers.items():
+            if router in self._gates:
+                gate, places = self._gates[router]
+                routed = torch.zeros_like(found)
+                routed[..., places] = gate(x.float(), hidden[:, :, places].float())
+                found = torch.where(chosen[:, None, None], routed, found)
+        return found
 
 
-def load_adapters(model: Any, folders: Mapping[str, str], rows: AdapterRows) -> Any:
-    """Put the named adapters on a model, in place; their indices follow the order, from 1.
+class AdapterSlots:
+    """The adapters of a model, as many of them in memory as there are slots.
+
+    Layers that some adapter changes are replaced, in place. ``adapter`` may be called from any
+    thread; the rest from the one that runs the model.
 
     Args:
         model: A transformers model.
         folders: Name and PEFT folder of each adapter.
-        rows: Consulted in each forward pass.
-
-    Returns:
-        The model.
+        n_slots: Adapters in memory at the same time; none for all, which are then read now.
+        routers: Share out adapters token by token. Theirs stay in memory.
 
     Raises:
-        ExpertConfigError: An adapter is missing, or is more than low-rank updates of linear layers.
+        ExpertConfigError: An adapter is missing, is more than low-rank updates of linear layers,
+            or belongs to another model; or routers have more adapters than there are slots.
     """
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
-    wrapped: Any = None
-    for name, folder in folders.items():
-        # PEFT's names become module names, where dots separate.
-        inner = f"adapter_{list(folders).index(name)}"
-        try:
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=inner)
+    def __init__(
+        self,
+        model: Any,
+        folders: Mapping[str, Path],
+        *,
+        n_slots: int | None = None,
+        routers: Mapping[str, TokenRouter] | None = None,
+    ) -> None:
+        self._folders = dict(folders)
+        self._n_slots = len(folders) if n_slots is None else min(n_slots, len(folders))
+        self._pass = _Pass()
+        self._device: torch.device = model.device
+        ranks: dict[str, int] = {}
+        for name, folder in folders.items():
+            for path, shape in read_shapes(folder).items():
+                _check_fits(name, path, shape, model)
+                ranks[path] = max(ranks.get(path, 0), shape[0])
+        self._layers: dict[str, _AdaptedLinear] = {}
+        for path, rank in ranks.items():
+            parent, _, child = path.rpartition(".")
+            base = model.get_submodule(path)
+            layer = _AdaptedLinear(base, self._n_slots, rank, self._pass)
+            setattr(model.get_submodule(parent), child, layer)
+            self._layers[path] = layer
+        # What lies in a slot, least recently used first.
+        self._held: OrderedDict[Fusion, int] = OrderedDict()
+        self._users: Counter[Fusion] = Counter()
+        self._routers: dict[str, TokenRouter] = {}
+        self._read = lru_cache(maxsize=max(1, self._n_slots))(self._load)
+        if self._n_slots == len(folders):
+            for name in folders:
+                self._hold(self.adapter(name))
+            self._read.cache_clear()
+        for name, router in (routers or {}).items():
+            self._add_router(name, router)
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter by its name; reads it if it is not in memory.
+
+        Raises:
+            ExpertConfigError: Its files cannot be read.
+        """
+        return self.fused({name: 1.0})
+
+    def fused(self, weights: Mapping[str, float]) -> Adapter:
+        """One adapter made of several: weighted sums of their ``A`` and of their ``B``.
+
+        References:
+            LoraHub (arXiv:2307.13269). Sums over ``B`` include the adapters' scales.
+
+        Raises:
+            ExpertConfigError: The files of one cannot be read.
+        """
+        key = tuple(weights.items())
+        return Adapter(key, None if key in self._held else self._read(key))
+
+    def check(self, use: AdapterUse) -> None:
+        """Make sure that a row's adapters can be in memory together.
+
+        Raises:
+            InvalidRequestError: They are too many.
+        """
+        fixed = {((name, 1.0),) for router in self._routers.values() for name in router.adapters}
+        wanted = {adapter.key for adapter, _ in use.shares} - fixed
+        room = self._n_slots - len(fixed)
+        if len(wanted) > room:
+            raise InvalidRequestError(
+                f"memory has room for {room} adapters at a time, but {len(wanted)} are mixed",
+                "adapters",
+            )
+
+    def fits(self, use: AdapterUse) -> bool:
+        """Whether all adapters of a row are in memory, or can be now."""
+        wanted = {adapter.key for adapter, _ in use.shares}
+        free = self._n_slots - sum(1 for key in self._held if self._users[key] or key in wanted)
+        return sum(1 for key in wanted if key not in self._held) <= free
+
+    def acquire(self, use: AdapterUse) -> None:
+        """Bring a row's adapters into memory, where they stay until it releases them."""
+        # Those that are there first, so that none makes room for another.
+        for adapter, _ in use.shares:
+            self._users[adapter.key] += 1
+        for adapter, _ in use.shares:
+            self._hold(adapter)
+
+    def release(self, use: AdapterUse) -> None:
+        """Let go of a row's adapters."""
+        for adapter, _ in use.shares:
+            self._users[adapter.key] -= 1
+
+    def set_rows(self, uses: Sequence[AdapterUse]) -> None:
+        """Say which adapters the rows of the next forward pass use; all are acquired."""
+        now, device = self._pass, self._device
+        now.indices = now.shares = None
+        now.routers = {}
+        indices = [
+            self._held[use.shares[0][0].key] if use.whole and use.shares else 0 for use in uses
+        ]
+        if any(indices):
+            now.indices = torch.tensor(indices, device=device)
+        if all(use.whole for use in uses):
+            return
+        shares = torch.zeros((len(uses), self._n_slots))
+        for row, use in enumerate(uses):
+            if not use.whole:
+                for adapter, share in use.shares:
+                    shares[row, self._held[adapter.key] - 1] = share
+        now.shares = shares.to(device)
+        for name in {use.router for use in uses if use.router is not None}:
+            now.routers[name] = torch.tensor([use.router == name for use in uses], device=device)
+
+    def _hold(self, adapter: Adapter) -> None:
+        key = adapter.key
+        if key not in self._held:
+            if len(self._held) < self._n_slots:
+                slot = len(self._held) + 1
             else:
-                wrapped.load_adapter(folder, adapter_name=inner)
-        except (OSError, ValueError, RuntimeError, KeyError) as exc:
+                unused = next((key for key in self._held if not self._users[key]), None)
+                if unused is None:
+                    raise RuntimeError("all adapters in memory are in use")
+                slot = self._held.pop(unused)
+            # It may have been in memory when it was asked for, and have gone since.
+            updates = adapter.updates if adapter.updates is not None else self._read(key)
+            for path, layer in self._layers.items():
+                layer.put(slot, updates.get(path))
+            self._held[key] = slot
+        self._held.move_to_end(key)
+
+    def _load(self, key: Fusion) -> Updates:
+        read = [(read_updates(self._folders[name]), weight) for name, weight in key]
+        return read[0][0] if [weight for _, weight in read] == [1.0] else _fuse(read)
+
+    def _add_router(self, name: str, router: TokenRouter) -> None:
+        missing = [adapter for adapter in router.adapters if adapter not in self._folders]
+        if missing or len(router.adapters) > self._n_slots:
             raise ExpertConfigError(
-                f"adapter {name!r} at {folder!r} cannot be loaded ({_first_line(exc)}); expected a "
-                "PEFT folder with adapter_config.json and adapter_model.safetensors"
-            ) from exc
-        _check_plain(name, wrapped.peft_config[inner])
-    names = [f"adapter_{index}" for index in range(len(folders))]
-    base = wrapped.get_base_model()
-    for path, module in list(base.named_modules()):
-        if isinstance(module, LoraLayer):
-            _replace(base, path, module, names, rows)
-    # What is left is transformers' own model, so passes cost nothing more.
-    base._hf_peft_config_loaded = False
-    return base
+                f"token router {name!r} shares out {', '.join(map(repr, router.adapters))}; "
+                + (
+                    f"the model has no adapter {missing[0]!r}"
+                    if missing
+                    else f"memory has room for {self._n_slots}: raise max_loaded_adapters"
+                )
+            )
+        use = AdapterUse(tuple((self.adapter(adapter), 1.0) for adapter in router.adapters))
+        self.acquire(use)
+        updates = [self._load(adapter.key) for adapter, _ in use.shares]
+        slots = [self._held[adapter.key] for adapter, _ in use.shares]
+        for path, layer in self._layers.items():
+            here = [one.get(path) for one in updates]
+            gate = router.gate(path, here)
+            if gate is not None:
+                layer.add_gate(name, gate, [s for s, one in zip(slots, here, strict=True) if one])
+        self._routers[name] = router
 
 
-def _replace(model: Any, path: str, layer: Any, names: list[str], rows: AdapterRows) -> None:
-    base = layer.get_base_layer()
-    if not isinstance(base, nn.Linear):
-        raise ExpertConfigError(f"adapters on {path!r} ({type(base).__name__}) are not supported")
-    parent, _, child = path.rpartition(".")
-    updates = [
-        _Update(layer.lora_A[n].weight, layer.lora_B[n].weight * layer.scaling[n])
-        if n in layer.lora_A
-        else None
-        for n in names
-    ]
-    setattr(model.get_submodule(parent), child, _StackedLora(base, updates, rows))
+def _fuse(read: Sequence[tuple[Updates, float]]) -> dict[str, LowRank]:
+    fused: dict[str, LowRank] = {}
+    for path in {path for updates, _ in read for path in updates}:
+        parts = [(updates[path], weight) for updates, weight in read if path in updates]
+        rank = max(update.down.shape[0] for update, _ in parts)
+        down = torch.zeros(rank, parts[0][0].down.shape[1])
+        up = torch.zeros(parts[0][0].up.shape[0], rank)
+        for update, weight in parts:
+            down[: update.down.shape[0]] += weight * update.down
+            up[:, : update.up.shape[1]] += weight * update.up
+        fused[path] = LowRank(down, up)
+    return fused
 
 
-def _check_plain(name: str, config: Any) -> None:
-    odd = [
-        option
-        for option in ("use_dora", "lora_bias", "modules_to_save", "alora_invocation_tokens")
-        if getattr(config, option, None)
-    ]
-    if getattr(config, "bias", "none") != "none":
-        odd.append("bias")
-    if odd:
+def _check_fits(name: str, path: str, shape: tuple[int, int, int], model: Any) -> None:
+    """Make sure that an adapter's layer is a linear one of a model.
+
+    Args:
+        name: Of the adapter.
+        path: Of the layer.
+        shape: Rank, in_features and out_features of the update.
+        model: A transformers model.
+
+    Raises:
+        ExpertConfigError: It is none, or has another size.
+    """
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError as error:
         raise ExpertConfigError(
-            f"adapter {name!r} uses {', '.join(odd)}; the transformers engine hosts plain LoRA "
-            "on linear layers: merge it into a model of its own, or use engine vllm"
+            f"adapter {name!r} changes {path}, which the model lacks; it was made for another one"
+        ) from error
+    layer = layer.base if isinstance(layer, _AdaptedLinear) else layer
+    if not isinstance(layer, nn.Linear):
+        raise ExpertConfigError(
+            f"adapter {name!r} changes {path}, a {type(layer).__name__}; only linear layers can "
+            "have adapters here: merge it into a model of its own, or use engine vllm"
         )
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:200]
+    _, in_features, out_features = shape
+    if (out_features, in_features) != tuple(layer.weight.shape):
+        raise ExpertConfigError(
+            f"adapter {name!r} has updates of shape {(out_features, in_features)} for {path}, "
+            f"which has {tuple(layer.weight.shape)}; it was made for another model"
+        )

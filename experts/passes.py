@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from experts.kv_cache import AttentionMask, SlotCache
-from experts.lora import AdapterRows
+from experts.lora import NO_ADAPTER, AdapterSlots, AdapterUse
 
 if TYPE_CHECKING:
     from experts.decoding import Row
@@ -38,6 +38,10 @@ class Passes(Protocol):
 
     What any method raises fails all rows. An error it gives instead fails one.
     """
+
+    def fits(self, row: Row) -> bool:
+        """Whether there is a place for a row now; always, once all others have left."""
+        ...
 
     def join(self, row: Row) -> None:
         """Give a row a place."""
@@ -162,26 +166,35 @@ class ModelPasses:
 
     Args:
         model: A transformers causal language model in evaluation mode.
-        adapter_rows: Told which adapter each row of a pass uses.
+        adapters: The model's.
         max_rows: Rows there may be.
     """
 
-    def __init__(self, model: Any, adapter_rows: AdapterRows, *, max_rows: int) -> None:
+    def __init__(self, model: Any, adapters: AdapterSlots, *, max_rows: int) -> None:
         self._model = model
-        self._adapter_rows = adapter_rows
+        self._adapters = adapters
         self._device = torch.device(model.device)
         self._lane = Lane(model.config, max_rows, self._device)
 
+    def fits(self, row: Row) -> bool:
+        """Whether the adapters of a row can be in memory now."""
+        return self._adapters.fits(row.prompt.adapters)
+
     def join(self, row: Row) -> None:
         """Give a row a place."""
+        self._adapters.acquire(row.prompt.adapters)
         self._lane.join(row)
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Free the places of rows."""
         self._lane.leave(rows)
+        for row in rows:
+            self._adapters.release(row.prompt.adapters)
 
     def reset(self) -> None:
         """Forget all rows."""
+        for row in self._lane.rows:
+            self._adapters.release(row.prompt.adapters)
         self._lane.reset()
 
     def read(self, row: Row, budget: int) -> tuple[int, Logits | None]:
@@ -195,7 +208,7 @@ class ModelPasses:
         if not piece:
             return budget, None
         position_ids, mask = lane.for_prefill(row, len(piece))
-        logits = self._forward([piece], position_ids, mask, [prompt.adapter])[0]
+        logits = self._forward([piece], position_ids, mask, [prompt.adapters])[0]
         lane.advance(row, len(piece))
         if lane.length(row) < len(prompt.token_ids):
             return len(piece), None
@@ -208,7 +221,7 @@ class ModelPasses:
         # Rows still reading their prompt, and empty slots up to the minimum, take part with a dummy
         # token. It lands where their next real one will overwrite it.
         token_ids = lane.padded([[row.last_id] for row in lane.rows], [0])
-        adapters = lane.padded([row.prompt.adapter for row in lane.rows], 0)
+        adapters = lane.padded([row.prompt.adapters for row in lane.rows], NO_ADAPTER)
         position_ids, mask = lane.for_decoding()
         logits = self._forward(token_ids, position_ids, mask, adapters)
         for row in rows:
@@ -216,12 +229,14 @@ class ModelPasses:
         return {row: logits[lane.rows.index(row)] for row in rows}
 
     def _forward(
-        self, token_ids: list[list[int]], position_ids: Any, mask: Any, adapters: list[int]
+        self,
+        token_ids: list[list[int]],
+        position_ids: Any,
+        mask: Any,
+        adapters: Sequence[AdapterUse],
     ) -> torch.Tensor:
         """Logits after each row's last token; shape (n_rows, vocabulary), float32, on the CPU."""
-        self._adapter_rows.indices = (
-            torch.tensor(adapters, device=self._device) if any(adapters) else None
-        )
+        self._adapters.set_rows(adapters)
         output = self._model(
             input_ids=torch.tensor(token_ids, device=self._device),
             position_ids=position_ids,

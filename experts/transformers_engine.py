@@ -11,25 +11,35 @@ Knows nothing of Ray or HTTP. torch and transformers are imported when an engine
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experts.answer_writer import Piece
 from experts.base import AnyRequest
 from experts.config import TransformersExpertConfig, cards_of
-from experts.errors import ContextLengthError, InvalidRequestError
-from experts.in_process import InProcessEngine, InProcessExpert, RowMaker
+from experts.errors import (
+    ContextLengthError,
+    ExpertConfigError,
+    ExpertFailedError,
+    InvalidRequestError,
+)
+from experts.in_process import InProcessEngine, InProcessExpert, RowMaker, extra_field
 from experts.loading import context_length_of, load_model
 from experts.prompts import PromptReader
-from experts.types import ExpertCard, Message
+from experts.types import Message
 
 if TYPE_CHECKING:
     import torch
 
     from experts.decoding import Row
+    from experts.lora import AdapterUse
 
 __all__ = ["ForwardResult", "TransformersEngine", "TransformersExpert"]
+
+MERGINGS = ("outputs", "parameters")
+MAX_SHARE = 8.0
+"""Larger shares of an adapter only break its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +59,7 @@ class ForwardResult:
 
 
 class TransformersExpert(InProcessExpert):
-    """One name on a transformers engine: its model, or one of its adapters."""
-
-    def __init__(self, engine: TransformersEngine, card: ExpertCard, adapter: int) -> None:
-        super().__init__(engine, card)
-        self.adapter = adapter
+    """One name on a transformers engine: its model, an adapter, or a token router."""
 
 
 class TransformersEngine(InProcessEngine[TransformersExpert]):
@@ -68,12 +74,10 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
 
     def __init__(self, config: TransformersExpertConfig) -> None:
         from experts.decoding import Decoder
-        from experts.lora import AdapterRows
         from experts.passes import ModelPasses
 
         self.config = config
-        self._adapter_rows = AdapterRows()
-        self._tokenizer, self._model = load_model(config, self._adapter_rows)
+        self._tokenizer, self._model, self._adapters = load_model(config)
         # Stacked adapters are buffers, so parameters are those of the model alone.
         self._maker = RowMaker(
             config.name,
@@ -82,12 +86,12 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
             context_length=context_length_of(config, self._model.config),
             default_max_tokens=config.default_max_tokens,
         )
-        passes = ModelPasses(self._model, self._adapter_rows, max_rows=config.max_batch_size)
+        passes = ModelPasses(self._model, self._adapters, max_rows=config.max_batch_size)
         decoder = Decoder(passes, max_rows=config.max_batch_size, threads=config.threads)
         super().__init__(config.name, decoder)
         self._experts = {
-            card.name: TransformersExpert(self, self._maker.complete(card), adapter)
-            for adapter, card in enumerate(cards_of(config))
+            card.name: TransformersExpert(self, self._maker.complete(card))
+            for card in cards_of(config)
         }
 
     @property
@@ -96,7 +100,7 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
         return self._tokenizer
 
     def forward(
-        self, text: Sequence[Message] | Sequence[int], adapter: str | None = None
+        self, text: Sequence[Message] | Sequence[int], name: str | None = None
     ) -> ForwardResult:
         """Run the model over one text and return everything it computes.
 
@@ -105,12 +109,12 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
 
         Args:
             text: A conversation, put through the chat template, or token ids.
-            adapter: Name of one of the engine's experts; none is the model itself.
+            name: One of the engine's experts; none is the model itself.
         """
-        expert = self._experts.get(adapter or self.config.name)
+        expert = self._experts.get(name or self.config.name)
         if expert is None:
             raise InvalidRequestError(
-                f"unknown expert {adapter!r}; known: {', '.join(self._experts)}", "adapter"
+                f"unknown expert {name!r}; known: {', '.join(self._experts)}", "name"
             )
         ids = [item for item in text if isinstance(item, int)]
         if not ids:
@@ -119,7 +123,8 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
         limit = self._maker.context_length
         if len(ids) > limit:
             raise ContextLengthError(expert.card.name, len(ids), limit)
-        return self._decoder.call(lambda: self._forward(ids, expert.adapter)).result()
+        use = self._use(expert.card.name)
+        return self._decoder.call(lambda: self._forward(ids, use)).result()
 
     async def rows(
         self, request: AnyRequest, expert: TransformersExpert, pieces: asyncio.Queue[Piece]
@@ -128,17 +133,97 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
         from experts.decoding import Prompt
 
         id_lists = self._maker.read(expert.card, request)
-        prompts = [Prompt(ids, expert.adapter) for ids in id_lists]
+        mixture = self._mixture(expert.card.name, request)
+        # An adapter that is not in memory is read from disk.
+        use = await asyncio.to_thread(self._use, expert.card.name, mixture)
+        prompts = [Prompt(ids, use) for ids in id_lists]
         rows = await self._maker.rows(expert.card, request, prompts, pieces)
         return rows, sum(map(len, id_lists))
 
-    def _forward(self, ids: list[int], adapter: int) -> ForwardResult:
+    def _use(self, name: str, mixture: _Mixture | None = None) -> AdapterUse:
+        """How adapters change what an expert computes."""
+        from experts.lora import NO_ADAPTER, AdapterUse
+
+        if name in {router.name for router in self.config.token_routers}:
+            return AdapterUse(router=name)
+        try:
+            if mixture is None:
+                if name == self.config.name:
+                    return NO_ADAPTER
+                return AdapterUse(((self._adapters.adapter(name), 1.0),))
+            if mixture.merged:
+                parts = [(self._adapters.fused(mixture.shares), 1.0)] if mixture.shares else []
+            else:
+                shares = mixture.shares.items()
+                parts = [(self._adapters.adapter(adapter), share) for adapter, share in shares]
+        except ExpertConfigError as exc:
+            raise ExpertFailedError(name, str(exc)) from exc
+        use = AdapterUse(tuple(parts))
+        self._adapters.check(use)
+        return use
+
+    def _mixture(self, name: str, request: AnyRequest) -> _Mixture | None:
+        """The fields ``adapters`` and ``adapter_merging`` of a request, checked."""
+        shares, merging = (extra_field(request, field) for field in ("adapters", "adapter_merging"))
+        if shares is None:
+            return None
+        known = [adapter.name for adapter in self.config.adapters]
+        if name != self.config.name:
+            raise InvalidRequestError(
+                f"adapters are mixed by {self.config.name!r}, not by {name!r}", "adapters"
+            )
+        if not isinstance(shares, Mapping) or not all(map(_is_share, shares.values())):
+            raise InvalidRequestError(
+                f"adapters must map names to shares from -{MAX_SHARE:g} to {MAX_SHARE:g}",
+                "adapters",
+            )
+        for adapter in shares:
+            if adapter not in known:
+                raise InvalidRequestError(
+                    f"adapters names {adapter!r}, but {name!r} has "
+                    f"{', '.join(map(repr, known)) or 'none'}",
+                    "adapters",
+                )
+        if merging not in (None, *MERGINGS):
+            raise InvalidRequestError(
+                f"adapter_merging must be one of {', '.join(MERGINGS)}, got {merging!r}",
+                "adapter_merging",
+            )
+        return _Mixture({a: float(share) for a, share in shares.items()}, merging == "parameters")
+
+    def _forward(self, ids: list[int], use: AdapterUse) -> ForwardResult:
         import torch
 
         device = self._model.device
-        self._adapter_rows.indices = torch.tensor([adapter], device=device) if adapter else None
-        output = self._model(
-            input_ids=torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False
-        )
+        self._adapters.acquire(use)
+        try:
+            self._adapters.set_rows([use])
+            output = self._model(
+                input_ids=torch.tensor([ids], device=device),
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        finally:
+            self._adapters.release(use)
         hidden = torch.stack([state[0] for state in output.hidden_states])
         return ForwardResult(ids, output.logits[0], hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """What a request asks to mix.
+
+    Attributes:
+        shares: Of each adapter.
+        merged: Whether they are made into one adapter of their rank, instead of adding up what
+            each of them does.
+    """
+
+    shares: dict[str, float]
+    merged: bool
+
+
+def _is_share(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -MAX_SHARE <= value <= MAX_SHARE

@@ -124,6 +124,10 @@ class LatentPasses:
             if member.starts
         }
 
+    def fits(self, row: Row) -> bool:
+        """Always."""
+        return True
+
     def join(self, row: Row) -> None:
         """Give a row a place."""
         prompt = _prompt(row)

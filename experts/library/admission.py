@@ -14,11 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
+from experts.adapter_files import (
+    LowRank,
+    adapter_settings,
+    read_updates,
+    refuse_pickles,
+    similarity,
+)
 from experts.errors import ExpertConfigError
 from experts.finetune_data import ChatPair, TokenPair, read_pairs
 from experts.library.examiner import Examiner
 from experts.library.triggers import find_trigger
-from experts.library.updates import LowRank, adapter_settings, read_updates, similarity
 
 __all__ = ["CANARY", "FORGIVABLE", "Candidate", "Finding", "examine", "examine_files"]
 
@@ -111,6 +117,7 @@ def examine(
 def examine_files(candidate: Candidate, others: Mapping[str, Path]) -> Iterator[Finding]:
     """The tests that run no model."""
     try:
+        refuse_pickles(candidate.folder)
         updates = read_updates(candidate.folder)
     except ExpertConfigError as error:
         yield Finding("files", False, str(error))

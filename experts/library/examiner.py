@@ -46,16 +46,13 @@ class Examiner:
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     ) -> None:
         from experts.loading import load_model
-        from experts.lora import AdapterRows
 
-        self._rows = AdapterRows()
         hosted = [AdapterConfig(name=name, path=str(folder)) for name, folder in adapters.items()]
         config = TransformersExpertConfig(
             name="base", engine="transformers", model=base, adapters=tuple(hosted), device=device,
             dtype=dtype,
         )  # fmt: skip
-        self.tokenizer, self._model = load_model(config, self._rows)
-        self._places = {name: place for place, name in enumerate(adapters, 1)}
+        self.tokenizer, self._model, self._adapters = load_model(config)
 
     def read(self, pairs: Sequence[ChatPair]) -> list[TokenPair]:
         """Pairs as the base's tokenizer and chat template make them."""
@@ -70,11 +67,14 @@ class Examiner:
         """
         import torch
 
-        device = self._model.device
-        place = self._places[adapter] if adapter is not None else 0
+        from experts.lora import NO_ADAPTER, AdapterUse
+
+        device, use = self._model.device, NO_ADAPTER
+        if adapter is not None:
+            use = AdapterUse(((self._adapters.adapter(adapter), 1.0),))
         for group in _rows_of(pairs):
             batch = pack(group)
-            self._rows.indices = torch.tensor([place], device=device) if place else None
+            self._adapters.set_rows([use])
             with torch.no_grad():
                 found: Any = self._model(
                     input_ids=batch.input_ids.to(device),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experts.decoding import Decoder, Prompt, Row
-from experts.lora import AdapterRows
+from experts.lora import AdapterSlots
 from experts.passes import ModelPasses
 from experts.sampling import Drawn, Sampler, SamplingOptions
 from tests.experts.latent import tiny
@@ -69,6 +69,9 @@ class FailingPasses:
             raise RuntimeError(f"{name} failed")
         return super().__getattribute__(name)
 
+    def fits(self, row: Row) -> bool:
+        return True
+
     def join(self, row: Row) -> None:
         pass
 
@@ -104,7 +107,7 @@ def test_numbers_that_are_none_stay_with_the_row_that_has_them():
     """Fails without ``clear`` in ``Lane.join``: whoever gets its place would read them."""
     model = tiny.language_model("llama", 300).eval().requires_grad_(False)
     model.get_input_embeddings().weight[7] = float("nan")
-    decoder = Decoder(ModelPasses(model, AdapterRows(), max_rows=4), max_rows=4)
+    decoder = Decoder(ModelPasses(model, AdapterSlots(model, {}), max_rows=4), max_rows=4)
     try:
         expected = _answer(decoder, _row(max_tokens=20)).ids
         # While there is another row, no cache is made anew.

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experts.errors import ExpertConfigError
+from experts.weights import resolve_model
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LowRank", "Updates", "adapter_settings", "inner", "read_updates", "similarity"]
+__all__ = [
+    "LowRank",
+    "Updates",
+    "adapter_folder",
+    "adapter_settings",
+    "inner",
+    "read_shapes",
+    "read_updates",
+    "refuse_pickles",
+    "similarity",
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What torch would read by running what is in it.
@@ -67,6 +79,26 @@ def similarity(one: Updates, other: Updates) -> float:
     return inner(one, other) / length if length else 0.0
 
 
+def adapter_folder(reference: str) -> Path:
+    """The folder of an adapter: a path, ``package:NAME/FOLDER``, or a name on the model hub.
+
+    Raises:
+        ExpertConfigError: It does not exist.
+    """
+    found = resolve_model(reference)
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(found, allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ExpertConfigError(
+            f"{reference!r} is neither a folder nor an adapter on the model hub: {error}"
+        ) from error
+
+
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """What ``adapter_config.json`` says.
 
@@ -89,51 +121,91 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
         odd.append("bias")
     if odd:
         raise ExpertConfigError(
-            f"{file} uses {', '.join(odd)}; a library holds plain LoRA on linear layers"
+            f"{file} uses {', '.join(odd)}; expected plain LoRA on linear layers: merge it into a "
+            "model of its own, or use engine vllm"
         )
     return found
 
 
-def read_updates(folder: Path) -> dict[str, LowRank]:
-    """The updates of an adapter in PEFT's format, by the path of the layer in its model.
+def refuse_pickles(folder: Path) -> None:
+    """Make sure that a folder holds none.
 
     Raises:
-        ExpertConfigError: A file is missing, damaged, a pickle, or no plain LoRA; or numbers are
-            not finite.
+        ExpertConfigError: It does.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    settings = adapter_settings(folder)
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise ExpertConfigError(
             f"{folder} holds {', '.join(pickles)}, and who loads such a file runs what is in it; "
             f"give the weights as {WEIGHTS} alone"
         )
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Rank, in_features and out_features of each update of an adapter in PEFT's format.
+
+    Reads no weights.
+
+    Raises:
+        ExpertConfigError: A file is missing, damaged, or no plain LoRA.
+    """
+    adapter_settings(folder)
+    with _opened(folder) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    downs, ups = _halves(folder, shapes)
+    return {path: (down[0], down[1], ups[path][0]) for path, down in downs.items()}
+
+
+def read_updates(folder: Path) -> dict[str, LowRank]:
+    """The updates of an adapter in PEFT's format, by the path of the layer in its model.
+
+    Raises:
+        ExpertConfigError: A file is missing, damaged, or no plain LoRA; or numbers are not finite.
+    """
+    settings = adapter_settings(folder)
+    with _opened(folder) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise ExpertConfigError(
+            f"{folder / WEIGHTS}: {len(infinite)} of {len(tensors)} tensors hold numbers that are "
+            f"not finite, {infinite[0]} first; such an adapter answers nothing"
+        )
+    _halves(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    downs = {_path(name): t.float() for name, t in tensors.items() if ".lora_A." in name}
+    ups = {_path(name): t.float() for name, t in tensors.items() if ".lora_B." in name}
+    return {path: LowRank(down, ups[path] * _scale(settings, path)) for path, down in downs.items()}
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     file = folder / WEIGHTS
     if not file.is_file():
         raise ExpertConfigError(f"{folder} holds no {WEIGHTS}")
     try:
-        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            yield opened
     except (OSError, SafetensorError) as error:
         raise ExpertConfigError(f"{file} is damaged: {error}") from error
-    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if infinite:
-        raise ExpertConfigError(
-            f"{file}: {len(infinite)} of {len(tensors)} tensors hold numbers that are not finite, "
-            f"{infinite[0]} first; such an adapter answers nothing"
-        )
-    downs = {_path(name): t.float() for name, t in tensors.items() if ".lora_A." in name}
-    ups = {_path(name): t.float() for name, t in tensors.items() if ".lora_B." in name}
-    other = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
+
+
+def _halves(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of all ``A`` and of all ``B`` by the path of their layer, which match."""
+    file = folder / WEIGHTS
+    downs = {_path(name): shape for name, shape in shapes.items() if ".lora_A." in name}
+    ups = {_path(name): shape for name, shape in shapes.items() if ".lora_B." in name}
+    other = [name for name in shapes if ".lora_A." not in name and ".lora_B." not in name]
     if other or downs.keys() != ups.keys() or not downs:
         odd = other[0] if other else "pairs of lora_A and lora_B that do not match"
         raise ExpertConfigError(f"{file} is no plain LoRA: it holds {odd}")
     for path, down in downs.items():
-        if down.ndim != 2 or ups[path].ndim != 2 or ups[path].shape[1] != down.shape[0]:
+        if len(down) != 2 or len(ups[path]) != 2 or ups[path][1] != down[0]:
             raise ExpertConfigError(f"{file}: the two parts of {path} do not fit each other")
-    return {path: LowRank(down, ups[path] * _scale(settings, path)) for path, down in downs.items()}
+    return downs, ups
 
 
 def _path(name: str) -> str:

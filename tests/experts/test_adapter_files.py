@@ -9,8 +9,8 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from experts.adapter_files import LowRank, inner, read_updates, refuse_pickles, similarity  # noqa: E402
 from experts.errors import ExpertConfigError  # noqa: E402
-from experts.library.updates import LowRank, inner, read_updates, similarity  # noqa: E402
 from tests.experts.latent import tiny  # noqa: E402
 
 
@@ -96,7 +96,9 @@ def test_what_is_no_plain_lora_is_refused(base, tmp_path):
     save_file(tensors, file)
     pickle = tmp_path / "adapter_model.bin"
     torch.save(tensors, pickle)
-    refused("adapter_model.bin, and who loads such a file runs what is in it")
+    read_updates(tmp_path)
+    with pytest.raises(ExpertConfigError, match=r"adapter_model\.bin, and who loads such a file"):
+        refuse_pickles(tmp_path)
     pickle.unlink()
     described.write_text(json.dumps({**settings, "use_dora": True}))
     refused("uses use_dora")
