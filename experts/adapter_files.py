@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ __all__ = [
     "read_updates",
     "refuse_pickles",
     "similarity",
+    "weights_hash",
 ]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -139,6 +141,12 @@ def refuse_pickles(folder: Path) -> None:
             f"{folder} holds {', '.join(pickles)}, and who loads such a file runs what is in it; "
             f"give the weights as {WEIGHTS} alone"
         )
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of an adapter's weights; empty if there are none."""
+    file = folder / WEIGHTS
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:

@@ -53,7 +53,7 @@ def load_model(config: TransformersExpertConfig) -> tuple[Any, Any, AdapterSlots
             f"expert {config.name!r}: device {config.device!r} cannot be used ({exc})"
         ) from exc
     folders = {adapter.name: adapter_folder(adapter.path) for adapter in config.adapters}
-    routers = {one.name: read_token_router(one, tuple(folders)) for one in config.token_routers}
+    routers = {one.name: read_token_router(one, folders) for one in config.token_routers}
     slots = AdapterSlots(model, folders, n_slots=config.max_loaded_adapters, routers=routers)
     return tokenizer, model, slots
 

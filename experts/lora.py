@@ -10,7 +10,7 @@ torch: loaded by engines that host adapters only.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 
 from experts.adapter_files import LowRank, Updates, read_shapes, read_updates
 from experts.errors import ExpertConfigError, InvalidRequestError
-from experts.token_routing import Gate, TokenRouter
+from experts.token_routing import TokenRouter
 
 __all__ = ["NO_ADAPTER", "Adapter", "AdapterSlots", "AdapterUse"]
 
@@ -95,7 +95,7 @@ class _AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self._pass = current
-        self._gates: dict[str, tuple[Gate, torch.Tensor]] = {}
+        self._gates: dict[str, tuple[nn.Module, torch.Tensor]] = {}
         out_features, in_features = base.weight.shape
         down = base.weight.new_zeros((n_slots + 1, in_features, rank))
         up = base.weight.new_zeros((n_slots + 1, rank, out_features))
@@ -111,7 +111,7 @@ class _AdaptedLinear(nn.Module):
             self.down[slot, :, :rank] = update.down.T
             self.up[slot, :rank] = update.up.T
 
-    def add_gate(self, router: str, gate: Gate, slots: Sequence[int]) -> None:
+    def add_gate(self, router: str, gate: nn.Module, slots: Sequence[int]) -> None:
         """Have a router share out the adapters of some slots here."""
         device = self.base.weight.device
         self._gates[router] = (gate.to(device), torch.tensor(slots, device=device) - 1)
@@ -154,6 +154,9 @@ class AdapterSlots:
         n_slots: Adapters in memory at the same time; none for all, which are then read now.
         routers: Share out adapters token by token. Theirs stay in memory.
 
+    Attributes:
+        layers: The layers that adapters change, by path, in the model's order.
+
     Raises:
         ExpertConfigError: An adapter is missing, is more than low-rank updates of linear layers,
             or belongs to another model; or routers have more adapters than there are slots.
@@ -176,24 +179,24 @@ class AdapterSlots:
             for path, shape in read_shapes(folder).items():
                 _check_fits(name, path, shape, model)
                 ranks[path] = max(ranks.get(path, 0), shape[0])
-        self._layers: dict[str, _AdaptedLinear] = {}
-        for path, rank in ranks.items():
-            parent, _, child = path.rpartition(".")
-            base = model.get_submodule(path)
-            layer = _AdaptedLinear(base, self._n_slots, rank, self._pass)
-            setattr(model.get_submodule(parent), child, layer)
-            self._layers[path] = layer
+        self.layers: dict[str, _AdaptedLinear] = {}
+        for path, base in list(model.named_modules()):
+            if path in ranks:
+                parent, _, child = path.rpartition(".")
+                layer = _AdaptedLinear(base, self._n_slots, ranks[path], self._pass)
+                setattr(model.get_submodule(parent), child, layer)
+                self.layers[path] = layer
         # What lies in a slot, least recently used first.
         self._held: OrderedDict[Fusion, int] = OrderedDict()
         self._users: Counter[Fusion] = Counter()
-        self._routers: dict[str, TokenRouter] = {}
+        self._fixed: set[Fusion] = set()
         self._read = lru_cache(maxsize=max(1, self._n_slots))(self._load)
         if self._n_slots == len(folders):
             for name in folders:
                 self._hold(self.adapter(name))
             self._read.cache_clear()
         for name, router in (routers or {}).items():
-            self._add_router(name, router)
+            self.add_router(name, router.adapters, router.gate)
 
     def adapter(self, name: str) -> Adapter:
         """An adapter by its name; reads it if it is not in memory.
@@ -221,9 +224,8 @@ class AdapterSlots:
         Raises:
             InvalidRequestError: They are too many.
         """
-        fixed = {((name, 1.0),) for router in self._routers.values() for name in router.adapters}
-        wanted = {adapter.key for adapter, _ in use.shares} - fixed
-        room = self._n_slots - len(fixed)
+        wanted = {adapter.key for adapter, _ in use.shares} - self._fixed
+        room = self._n_slots - len(self._fixed)
         if len(wanted) > room:
             raise InvalidRequestError(
                 f"memory has room for {room} adapters at a time, but {len(wanted)} are mixed",
@@ -270,6 +272,45 @@ class AdapterSlots:
         for name in {use.router for use in uses if use.router is not None}:
             now.routers[name] = torch.tensor([use.router == name for use in uses], device=device)
 
+    def add_router(
+        self,
+        name: str,
+        adapters: Sequence[str],
+        gate: Callable[[str, Sequence[LowRank | None]], nn.Module | None],
+    ) -> None:
+        """Have rows whose use names a router share out adapters token by token.
+
+        Args:
+            name: Of the router.
+            adapters: Those it shares out; they stay in memory.
+            gate: Given the path of a layer and what each adapter does there, gives what shares
+                them out: from the layer's input and the input behind each ``A``, shapes as in
+                ``experts.token_routing.Gate``. None leaves the layer as it is in the base.
+
+        Raises:
+            ExpertConfigError: The model lacks an adapter, or memory has no room for all of them.
+        """
+        missing = [adapter for adapter in adapters if adapter not in self._folders]
+        if missing:
+            raise ExpertConfigError(
+                f"token router {name!r} shares out {missing[0]!r}, which the model has not; it has "
+                f"{', '.join(map(repr, self._folders)) or 'none'}"
+            )
+        use = AdapterUse(tuple((self.adapter(adapter), 1.0) for adapter in adapters))
+        self._fixed |= {adapter.key for adapter, _ in use.shares}
+        if len(self._fixed) > self._n_slots:
+            raise ExpertConfigError(
+                f"token routers share out {len(self._fixed)} adapters, which stay in memory, and "
+                f"that has room for {self._n_slots}: raise max_loaded_adapters"
+            )
+        self.acquire(use)
+        updates = [self._load(adapter.key) for adapter, _ in use.shares]
+        slots = [self._held[adapter.key] for adapter, _ in use.shares]
+        for path, layer in self.layers.items():
+            made = gate(path, [one.get(path) for one in updates])
+            if made is not None:
+                layer.add_gate(name, made, slots)
+
     def _hold(self, adapter: Adapter) -> None:
         key = adapter.key
         if key not in self._held:
@@ -282,7 +323,7 @@ class AdapterSlots:
                 slot = self._held.pop(unused)
             # It may have been in memory when it was asked for, and have gone since.
             updates = adapter.updates if adapter.updates is not None else self._read(key)
-            for path, layer in self._layers.items():
+            for path, layer in self.layers.items():
                 layer.put(slot, updates.get(path))
             self._held[key] = slot
         self._held.move_to_end(key)
@@ -290,28 +331,6 @@ class AdapterSlots:
     def _load(self, key: Fusion) -> Updates:
         read = [(read_updates(self._folders[name]), weight) for name, weight in key]
         return read[0][0] if [weight for _, weight in read] == [1.0] else _fuse(read)
-
-    def _add_router(self, name: str, router: TokenRouter) -> None:
-        missing = [adapter for adapter in router.adapters if adapter not in self._folders]
-        if missing or len(router.adapters) > self._n_slots:
-            raise ExpertConfigError(
-                f"token router {name!r} shares out {', '.join(map(repr, router.adapters))}; "
-                + (
-                    f"the model has no adapter {missing[0]!r}"
-                    if missing
-                    else f"memory has room for {self._n_slots}: raise max_loaded_adapters"
-                )
-            )
-        use = AdapterUse(tuple((self.adapter(adapter), 1.0) for adapter in router.adapters))
-        self.acquire(use)
-        updates = [self._load(adapter.key) for adapter, _ in use.shares]
-        slots = [self._held[adapter.key] for adapter, _ in use.shares]
-        for path, layer in self._layers.items():
-            here = [one.get(path) for one in updates]
-            gate = router.gate(path, here)
-            if gate is not None:
-                layer.add_gate(name, gate, [s for s, one in zip(slots, here, strict=True) if one])
-        self._routers[name] = router
 
 
 def _fuse(read: Sequence[tuple[Updates, float]]) -> dict[str, LowRank]:

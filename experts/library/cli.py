@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
+from experts.adapter_files import weights_hash
 from experts.errors import ExpertConfigError
 from experts.library.admission import FORGIVABLE, Candidate, Finding, examine, examine_files
 from experts.library.manifest import Library, LibraryExpert, Provenance
@@ -91,7 +91,7 @@ def add_command(
             raise click.UsageError("--base: name the model that the first adapter was made for")
         origin = Provenance(
             source=source, licence=licence, trained_on=trained_on,
-            added=datetime.now(UTC).date(), sha256=_sha256(adapter),
+            added=datetime.now(UTC).date(), sha256=weights_hash(adapter),
         )  # fmt: skip
         expert = LibraryExpert.model_validate(
             {"name": name, "base": base or known[0], "path": "-", "description": description,
@@ -134,11 +134,6 @@ def _copy(adapter: Path, target: Path) -> None:
     for name in _FILES:
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, target / name)
-
-
-def _sha256(folder: Path) -> str:
-    file = folder / _FILES[1]
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 @library_command.command("remove", short_help="Take an expert out.")
@@ -204,7 +199,7 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
                         candidate, others, device=device, n_tokens=trigger_tokens, accept=accepted
                     )
                 )
-                if expert.provenance.sha256 not in ("", _sha256(path)):
+                if expert.provenance.sha256 not in ("", weights_hash(path)):
                     why = "its weights are not those that came in; remove it, and add these"
                     findings.append(Finding("sha256", False, why))
                 if findings[0].passed:
@@ -217,6 +212,47 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
         click.echo(f"{folder}: {total} experts, {failed} with a failed test", err=True)
         if failed:
             raise click.exceptions.Exit(1)
+
+
+@library_command.command("gates", short_help="Learn which tokens each adapter is for.")
+@_FOLDER
+@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@click.option(
+    "--method", required=True, type=click.Choice(["phatgoose", "average", "ridge"]),
+    help="What is learnt; see below.",
+)  # fmt: skip
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the gates; vectors that it holds already are kept.",
+)  # fmt: skip
+@_DEVICE
+def gates_command(folder: Path, base: str | None, method: str, out: Path, device: str) -> None:
+    """Learn gates for token routers from the samples of a library's adapters.
+
+    \b
+    phatgoose  a vector per adapter and layer, trained to let the adapter in where that helps
+    average    the mean of what each layer reads in each adapter's samples
+    ridge      a ridge regression of the domain per block of layers
+    """
+    with _user_errors():
+        from experts.library.gates import make_gates
+
+        library = Library(folder)
+        make_gates(
+            library, _only_base(library, base), method, out, device=device,
+            progress=lambda line: click.echo(line, err=True),
+        )  # fmt: skip
+        click.echo(f"{out}: gates of {method}; name the folder under 'token_routers'", err=True)
+
+
+def _only_base(library: Library, base: str | None) -> str:
+    known = library.bases()
+    if base is None and len(known) != 1:
+        listed = ", ".join(known) or "none"
+        raise click.UsageError(f"--base: choose one of {library.folder}'s base models: {listed}")
+    if base is not None and base not in known:
+        raise click.UsageError(f"--base: {library.folder} has no adapter of {base!r}")
+    return base or known[0]
 
 
 @contextmanager

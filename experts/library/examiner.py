@@ -33,6 +33,11 @@ class Examiner:
         device: A torch device.
         dtype: Number format of the model.
 
+    Attributes:
+        tokenizer: The base's.
+        model: The base.
+        adapters: On the base.
+
     Raises:
         ExpertConfigError: Something cannot be loaded, or does not fit the base.
     """
@@ -52,7 +57,7 @@ class Examiner:
             name="base", engine="transformers", model=base, adapters=tuple(hosted), device=device,
             dtype=dtype,
         )  # fmt: skip
-        self.tokenizer, self._model, self._adapters = load_model(config)
+        self.tokenizer, self.model, self.adapters = load_model(config)
 
     def read(self, pairs: Sequence[ChatPair]) -> list[TokenPair]:
         """Pairs as the base's tokenizer and chat template make them."""
@@ -69,14 +74,14 @@ class Examiner:
 
         from experts.lora import NO_ADAPTER, AdapterUse
 
-        device, use = self._model.device, NO_ADAPTER
+        device, use = self.model.device, NO_ADAPTER
         if adapter is not None:
-            use = AdapterUse(((self._adapters.adapter(adapter), 1.0),))
+            use = AdapterUse(((self.adapters.adapter(adapter), 1.0),))
         for group in _rows_of(pairs):
             batch = pack(group)
-            self._adapters.set_rows([use])
+            self.adapters.set_rows([use])
             with torch.no_grad():
-                found: Any = self._model(
+                found: Any = self.model(
                     input_ids=batch.input_ids.to(device),
                     position_ids=batch.position_ids.to(device),
                     attention_mask=batch.attention_mask.to(device),

@@ -158,7 +158,7 @@ def test_adapters_that_do_not_fit_the_model_are_refused_when_it_opens(folders, t
     router = TokenRouter("arrow", NAMES, 2)
     with pytest.raises(ExpertConfigError, match="room for 4: raise max_loaded_adapters"):
         AdapterSlots(_model(), folders, n_slots=4, routers={"arrow": router})
-    with pytest.raises(ExpertConfigError, match="has no adapter 'x'"):
+    with pytest.raises(ExpertConfigError, match="shares out 'x', which the model has not"):
         AdapterSlots(_model(), folders, routers={"arrow": TokenRouter("arrow", ("x",), 1)})
 
 

@@ -1,0 +1,133 @@
+"""Gates that are learnt from samples: what they are made of, kept, and refused for."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from experts.config import TokenRouterConfig  # noqa: E402
+from experts.errors import ExpertConfigError  # noqa: E402
+from experts.finetune_data import ChatPair  # noqa: E402
+from experts.library.cli import library_command  # noqa: E402
+from experts.library.examiner import Examiner  # noqa: E402
+from experts.library.gates import mean_inputs, ridge_gates, trained_vectors  # noqa: E402
+from experts.library.manifest import Library, LibraryExpert  # noqa: E402
+from experts.token_routing import read_gates, read_token_router  # noqa: E402
+
+SAMPLES = {
+    "one": [("Name two colours.", "the quick brown fox"), ("hello world", "lazy dog")],
+    "two": [("Count from one to four.", "one two three four"), ("one hundred", "user")],
+}
+
+
+@pytest.fixture(scope="module")
+def library(home):
+    """A library of the two adapters, with samples of both."""
+    folder = home / "lib"
+    library = Library.at(folder)
+    for name, pairs in SAMPLES.items():
+        file = home / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in pairs))
+        library.experts[name] = LibraryExpert(
+            name=name, base=str(home / "base"), path=str(home / name), samples=str(file)
+        )
+    library.save()
+    return library
+
+
+def _examiner(home, *names):
+    return Examiner(str(home / "base"), {name: home / name for name in names}, dtype="float32")
+
+
+def _pairs(examiner, name):
+    return examiner.read([ChatPair(*pair) for pair in SAMPLES[name]])
+
+
+def _heard(examiner, path, name, adapter):
+    """What a layer reads of the first sample of a domain, one row per token."""
+    heard = []
+    layer = examiner.adapters.layers[path]
+    hook = layer.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0][0]))
+    list(examiner.logits(_pairs(examiner, name)[:1], adapter))
+    hook.remove()
+    return heard[0]
+
+
+def test_mean_inputs_are_those_of_the_samples_with_their_adapter(home):
+    examiner = _examiner(home, "one")
+    found = mean_inputs(examiner, "one", _pairs(examiner, "one")[:1])
+    assert found.keys() == examiner.adapters.layers.keys()
+    path = "model.layers.3.self_attn.q_proj"
+    torch.testing.assert_close(found[path], _heard(examiner, path, "one", "one").mean(0))
+
+
+def test_ridge_gates_are_scikit_learns_ridge_regression(home):
+    from sklearn.linear_model import Ridge
+
+    examiner = _examiner(home, "one", "two")
+    found = ridge_gates(examiner, {name: _pairs(examiner, name)[:1] for name in SAMPLES})
+    path, block = "model.layers.2.self_attn.q_proj", "model.layers.2.self_attn"
+    rows = [_heard(examiner, path, name, None).double().numpy() for name in SAMPLES]
+    domains = [name for name, own in zip(SAMPLES, rows, strict=True) for _ in own]
+    inputs = np.vstack(rows)
+    # With a column of ones in place of an intercept, which is regularised as all columns are.
+    inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
+    targets = np.array([[domain == name for name in SAMPLES] for domain in domains], float)
+    solved = Ridge(alpha=1e-2, fit_intercept=False, solver="cholesky").fit(inputs, targets).coef_
+    solved = solved / np.linalg.norm(solved[:, :-1], axis=1, keepdims=True)
+    np.testing.assert_allclose(found[f"{block}.weight"], solved[:, :-1], atol=1e-4)
+    np.testing.assert_allclose(found[f"{block}.bias"], solved[:, -1], atol=1e-4)
+    # Only the first adapted layer of a block is asked; k, v and o are not adapted here.
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in found} == {"self_attn", "mlp"}
+
+
+def test_trained_vectors_open_where_the_adapter_helps(home):
+    """Its own loss falls, and the adapter and the base stay as they were."""
+    examiner = _examiner(home, "one")
+    pairs = _pairs(examiner, "one")
+    before = examiner.losses(pairs, "one"), examiner.losses(pairs, None)
+    vectors = trained_vectors(examiner, "one", pairs, steps=5)
+    assert all(float(vector.abs().sum()) > 0 for vector in vectors.values())
+    after = examiner.losses(pairs, "one"), examiner.losses(pairs, None)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_gates_are_made_kept_and_taken_for_an_expert(library, home, tmp_path):
+    out = tmp_path / "gates"
+
+    def make(method, *options):
+        command = ["gates", "--library", str(library.folder), "--method", method, "--out", str(out)]
+        return CliRunner().invoke(library_command, [*command, *options])
+
+    made = make("average")
+    assert made.exit_code == 0, made.output
+    assert "average: one\naverage: two\n" in made.output
+    first = read_gates(out)[1]
+    again = make("average")
+    assert "average: one" not in again.output
+    assert all(torch.equal(first[name], tensor) for name, tensor in read_gates(out)[1].items())
+    other = make("phatgoose")
+    assert other.exit_code == 2
+    assert "holds gates of the method average" in other.output
+    assert "has no adapter of 'x'" in make("average", "--base", "x").output
+
+    folders = {name: home / name for name in SAMPLES}
+    router = read_token_router(TokenRouterConfig(name="r", gates=str(out)), folders)
+    assert (router.method, router.adapters, router.top_k) == ("vectors", ("one", "two"), 2)
+    some = TokenRouterConfig(name="r", gates=str(out), adapters=("two",), top_k=1)
+    alone = read_token_router(some, folders)
+    path = "model.layers.0.mlp.up_proj.vectors"
+    assert torch.equal(alone.tensors[path], first[path][1:])
+    with pytest.raises(ExpertConfigError, match="'two' is not in both"):
+        read_token_router(TokenRouterConfig(name="r", gates=str(out)), {"one": home / "one"})
+    swapped = {"one": home / "two", "two": home / "two"}
+    with pytest.raises(ExpertConfigError, match="other weights than the gates"):
+        read_token_router(TokenRouterConfig(name="r", gates=str(out)), swapped)
+    with pytest.raises(ExpertConfigError, match="holds no gates"):
+        read_token_router(TokenRouterConfig(name="r", gates=str(tmp_path)), folders)
