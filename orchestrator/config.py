@@ -31,6 +31,7 @@ from experts.config import (
     cards_of,
 )
 from experts.errors import ExpertConfigError
+from experts.library.manifest import Library
 from experts.paths import resolve_path
 from experts.types import ExpertCard
 from orchestrator.learning.config import ExperimentConfig, LearningConfig, ShadowConfig
@@ -40,7 +41,6 @@ from orchestrator.memory.sessions import SessionsConfig
 from orchestrator.policies import PolicyConfig, UtilityPolicy
 from orchestrator.pool import Conversation
 from orchestrator.strategies.fallback import FallbackStrategy
-from orchestrator.strategies.latent import check_hosting
 from orchestrator.strategies.registry import AnyStrategy
 from orchestrator.strict import StrictModel, default_type
 
@@ -339,7 +339,8 @@ class CollegiumConfig(StrictModel):
                         f"the strategy of route {route_name!r} names the unknown expert "
                         f"{expert!r}; known: {', '.join(map(repr, names))}"
                     )
-            check_hosting(route_name, route.strategy, listed, self.experts)
+            if listed:
+                route.strategy.check_experts(route_name, listed, self.experts)
             if route.shadow is not None:
                 _check_shadow(route_name, route.shadow, self.routes, names)
         for experiment_name, experiment in self.experiments.items():
@@ -443,6 +444,7 @@ def parse_config(
     Raises:
         ConfigError: It does not satisfy the schema; a line per problem.
     """
+    content = _with_libraries(content, base or Path(), name)
     try:
         config = CollegiumConfig.model_validate(content)
     except ValidationError as error:
@@ -520,6 +522,43 @@ def _ordered(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _with_libraries(content: dict[str, Any], base: Path, name: str) -> dict[str, Any]:
+    """A config whose experts list the adapters of the libraries that they name."""
+    experts = content.get("experts")
+    if not isinstance(experts, list | tuple):
+        return content
+    try:
+        return {**content, "experts": [_with_library(entry, base) for entry in experts]}
+    except ExpertConfigError as error:
+        raise ConfigError(f"{name}: experts: {error}") from error
+
+
+def _with_library(entry: Any, base: Path) -> Any:
+    if not isinstance(entry, dict) or not isinstance(entry.get("library"), str):
+        return entry
+    model, listed = entry.get("model"), entry.get("adapters") or []
+    library = Library(base / Path(entry["library"]).expanduser())
+    found = [expert for expert in library.of(str(model)) if expert.kind == "adapter"]
+    if not found:
+        raise ExpertConfigError(
+            f"the library {library.folder} has no adapter of {model!r}; it has some of "
+            f"{', '.join(map(repr, library.bases())) or 'nothing'}"
+        )
+    named = {adapter.get("name") for adapter in listed if isinstance(adapter, dict)}
+    adapters = [
+        {
+            "name": one.name,
+            "path": str(library.path(one.path).resolve()),
+            "description": one.description,
+        }
+        for one in found
+        if one.name not in named
+    ]
+    # Other machines have the config without the library's folder.
+    rest = {key: value for key, value in entry.items() if key != "library"}
+    return {**rest, "adapters": [*listed, *adapters]}
 
 
 def _absolute_paths(config: CollegiumConfig, base: Path) -> CollegiumConfig:

@@ -48,7 +48,6 @@ from orchestrator.pool import estimated_prompt_tokens, has_content, prompt_text,
 from orchestrator.release_watch import ReleaseWatch
 from orchestrator.routes import Route, build_route, too_dear
 from orchestrator.strategies.calls import play
-from orchestrator.strategies.latent import check_hosting
 from orchestrator.strategies.single import SingleStrategy
 from routers.base import Prediction, Query, Router, RouterError
 from routers.static import StaticRouter
@@ -156,7 +155,7 @@ class Orchestrator:
         route = build_route(name, self.config.routes[name], router, self.cards, release)
         try:
             # Where a route lists nobody, only its router knows whom it may choose.
-            check_hosting(name, route.config.strategy, route.experts, self.config.experts)
+            route.config.strategy.check_experts(name, route.experts, self.config.experts)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return route

@@ -179,6 +179,7 @@ class RequestContext:
         cache: What the response cache had for the request; none if there is no cache.
         peers: Who the writer listened to as its answer began, with their gates; none if it was not
             asked to.
+        adapters: Which adapters were mixed, with their shares; none if none were to be.
     """
 
     deadline: float
@@ -195,6 +196,7 @@ class RequestContext:
     lesson: Lesson | None = None
     cache: Lookup | None = None
     peers: dict[str, float] | None = None
+    adapters: dict[str, float] | None = None
 
     @property
     def remaining_s(self) -> float:

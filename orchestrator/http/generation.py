@@ -67,7 +67,8 @@ def decision_headers(
     if context is not None:
         values["model"] = context.expert
         values["path"] = ">".join(context.path) or None
-        values["peers"] = _peers(context.peers)
+        values["peers"] = _weights(context.peers)
+        values["adapters"] = _weights(context.adapters)
         if all(call.seconds is not None for call in context.calls):
             values["cost"] = f"{context.cost_usd:.6g}"
         values["cache"] = context.cache.state if context.cache else None
@@ -77,10 +78,10 @@ def decision_headers(
     return {PREFIX + name: _header(value) for name, value in values.items() if value is not None}
 
 
-def _peers(peers: Mapping[str, float] | None) -> str | None:
-    if peers is None:
+def _weights(weights: Mapping[str, float] | None) -> str | None:
+    if weights is None:
         return None
-    return ",".join(f"{name}={gate:.4f}" for name, gate in peers.items()) or "none"
+    return ",".join(f"{name}={weight:.4f}" for name, weight in weights.items()) or "none"
 
 
 def _header(text: str) -> str:

@@ -69,6 +69,8 @@ class DecisionRecord(_Record):
     peers: dict[str, float] | None = None
     """Who the writer listened to as its answer began, with their gates; null if it was not asked
     to."""
+    adapters: dict[str, float] | None = None
+    """Which adapters the answer's model mixed, with their shares; null if it was not asked to."""
     status: int
     """The HTTP status; 499 if the client left."""
     category: str | None
@@ -116,6 +118,7 @@ class DecisionRecord(_Record):
                 for call in context.calls
             ],
             peers=context.peers,
+            adapters=context.adapters,
             status=status,
             category=decision.category,
             confidence=None if decision.confidence is None else float(decision.confidence),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
 from experts.base import AnyRequest, Expert
+from experts.config import ExpertConfig
 from experts.types import Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strict import StrictModel
@@ -25,6 +26,20 @@ class Strategy(StrictModel):
     def named_experts(self) -> tuple[str, ...]:
         """Experts the strategy speaks of, such as a judge; they need not be the route's."""
         return ()
+
+    def check_experts(
+        self, route: str, names: Sequence[str], entries: Iterable[ExpertConfig]
+    ) -> None:
+        """Make sure that the strategy can do with a route's experts.
+
+        Args:
+            route: Name of the route, for the message.
+            names: Of its experts.
+            entries: All experts of the config.
+
+        Raises:
+            ValueError: It cannot.
+        """
 
     def run(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -16,16 +15,13 @@ from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.calls import expected_usd, stream_one
 from orchestrator.strategies.fallback import FallbackStrategy, first_to_answer
 from orchestrator.strategies.listening import PEERS, listening_usd
-from orchestrator.strategies.several import predicted
+from orchestrator.strategies.several import predicted, shares_by_quality
 
-__all__ = ["LatentStrategy", "check_hosting", "gates", "hosted_together"]
+__all__ = ["LatentStrategy", "hosted_together"]
 
 # Engines whose experts can listen to each other: those of one entry, and all scripted ones, which
 # stand in for members of one.
 LISTENING: frozenset[str] = frozenset({"latent", "scripted"})
-
-# Qualities of 0 and 1 have no log-odds.
-LEAST_QUALITY = 1e-6
 
 
 class LatentStrategy(Strategy):
@@ -54,6 +50,26 @@ class LatentStrategy(Strategy):
         """The one that always writes, if there is one."""
         return () if self.writer is None else (self.writer,)
 
+    def check_experts(
+        self, route: str, names: Sequence[str], entries: Iterable[ExpertConfig]
+    ) -> None:
+        """Make sure that the experts can listen to each other, the writer among them.
+
+        Raises:
+            ValueError: Not all are members of one engine, or the writer is none of them.
+        """
+        if not hosted_together(entries, names):
+            raise ValueError(
+                f"the strategy 'latent' of route {route!r} needs experts that one entry with "
+                f"engine 'latent' hosts together, which {', '.join(map(repr, names))} are not; "
+                "list only members of one under the route's 'experts'"
+            )
+        if self.writer is not None and self.writer not in names:
+            raise ValueError(
+                f"the writer {self.writer!r} of route {route!r} is none of its experts: "
+                f"{', '.join(map(repr, names))}"
+            )
+
     def run(
         self,
         request: AnyRequest,
@@ -71,24 +87,12 @@ class LatentStrategy(Strategy):
             place = names.index(writer)
             peers = names[place + 1 : place + active]
             peers = _affordable(writer, peers, request, experts, context)
-            shares = gates([known.get(name, 0.5) for name in (writer, *peers)])
+            shares = shares_by_quality([known.get(name, 0.5) for name in (writer, *peers)])
             own = {PEERS: dict(zip(peers, shares[1:], strict=True))}
             return stream_one(writer, request.model_copy(update=own), experts, context)
 
         attempts = names[: FallbackStrategy().max_attempts]
         return first_to_answer(attempts, ask, request, context)
-
-
-def gates(qualities: Sequence[float]) -> list[float]:
-    """How much each expert has to say: the softmax of the log-odds of their qualities.
-
-    Args:
-        qualities: Predicted, in [0, 1].
-    """
-    kept = [min(max(quality, LEAST_QUALITY), 1 - LEAST_QUALITY) for quality in qualities]
-    odds = [quality / (1 - quality) for quality in kept]
-    total = math.fsum(odds)
-    return [one / total for one in odds]
 
 
 def _affordable(
@@ -128,32 +132,3 @@ def hosted_together(entries: Iterable[ExpertConfig], names: Iterable[str]) -> bo
     }
     found = [hosts.get(name) for name in names]
     return None not in found and len(set(found)) == 1
-
-
-def check_hosting(
-    route: str, strategy: Strategy, names: Sequence[str], entries: Iterable[ExpertConfig]
-) -> None:
-    """Make sure that experts of a latent strategy can listen to each other, its writer among them.
-
-    Args:
-        route: Name of the route.
-        strategy: Of the route.
-        names: Of its experts; none if they are not known yet.
-        entries: All experts of the config.
-
-    Raises:
-        ValueError: Not all are members of one engine, or the writer is none of them.
-    """
-    if not isinstance(strategy, LatentStrategy) or not names:
-        return
-    if not hosted_together(entries, names):
-        raise ValueError(
-            f"the strategy 'latent' of route {route!r} needs experts that one entry with engine "
-            f"'latent' hosts together, which {', '.join(map(repr, names))} are not; list only "
-            "members of one under the route's 'experts'"
-        )
-    if strategy.writer is not None and strategy.writer not in names:
-        raise ValueError(
-            f"the writer {strategy.writer!r} of route {route!r} is none of its experts: "
-            f"{', '.join(map(repr, names))}"
-        )

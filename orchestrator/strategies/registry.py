@@ -13,6 +13,7 @@ from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.fusion import FusionStrategy
 from orchestrator.strategies.hedge import HedgeStrategy
 from orchestrator.strategies.latent import LatentStrategy
+from orchestrator.strategies.mix import MixStrategy
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.strategies.vote import VoteStrategy
 from orchestrator.strict import default_type
@@ -29,7 +30,8 @@ AnyStrategy = Annotated[
     | FusionStrategy
     | HedgeStrategy
     | ChainStrategy
-    | LatentStrategy,
+    | LatentStrategy
+    | MixStrategy,
     Field(discriminator="type"),
     default_type("fallback"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -20,7 +21,15 @@ from orchestrator.strategies.calls import Answer, Failure, another_may_answer, a
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.pump import ticking
 
-__all__ = ["MAX_ANSWERS", "SeveralStrategy", "answers_in_time", "predicted", "preference", "ticks"]
+__all__ = [
+    "MAX_ANSWERS",
+    "SeveralStrategy",
+    "answers_in_time",
+    "predicted",
+    "preference",
+    "shares_by_quality",
+    "ticks",
+]
 
 # Answers that one request may have asked for together.
 MAX_ANSWERS = 32
@@ -28,6 +37,9 @@ MAX_ANSWERS = 32
 # How long a stream's client waits without a sign of life. Faster requests have none, so that an
 # early error still has its own HTTP status.
 TICK_S = 2.0
+
+# Qualities of 0 and 1 have no log-odds.
+LEAST_QUALITY = 1e-6
 
 T = TypeVar("T")
 
@@ -122,6 +134,18 @@ def _seeds(request: AnyRequest, count: int) -> list[int]:
 def predicted(decision: Decision) -> dict[str, float]:
     """Predicted quality by expert, of those that have one."""
     return {one.expert: one.quality for one in decision.candidates if one.quality is not None}
+
+
+def shares_by_quality(qualities: Sequence[float]) -> list[float]:
+    """How much each expert counts: the softmax of the log-odds of their qualities.
+
+    Args:
+        qualities: Predicted, in [0, 1].
+    """
+    kept = [min(max(quality, LEAST_QUALITY), 1 - LEAST_QUALITY) for quality in qualities]
+    odds = [quality / (1 - quality) for quality in kept]
+    total = math.fsum(odds)
+    return [one / total for one in odds]
 
 
 def preference(predicted: Mapping[str, float], expert: str, place: int) -> tuple[float, int]:

@@ -12,6 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experts.config import TransformersExpertConfig
+from experts.library.manifest import Library, LibraryExpert
 from orchestrator.config import (
     ArtefactRouterConfig,
     BudgetConfig,
@@ -339,3 +341,29 @@ def test_whatever_a_mapping_holds_only_config_errors_escape(content):
 def test_whatever_a_file_holds_only_config_errors_escape(tmp_path_factory, content):
     with suppress(ConfigError):
         load_config(write(tmp_path_factory.mktemp("config"), content))
+
+
+def test_a_config_takes_all_adapters_of_a_library(tmp_path):
+    folder = tmp_path / "library"
+    library = Library.at(folder)
+    for name, base in (("maths", "smol"), ("code", "smol"), ("other", "big")):
+        (folder / name).mkdir()
+        library.experts[name] = LibraryExpert(
+            name=name, base=base, path=name, description=f"About {name}."
+        )
+    library.save()
+    file = tmp_path / "collegium.yaml"
+    entry = "{name: base, engine: transformers, model: %s, library: library, adapters: [%s]}"
+    file.write_text(f"experts: [{entry % ('smol', '{name: code, path: elsewhere}')}]\n")
+    found = load_config(file).experts[0]
+    assert isinstance(found, TransformersExpertConfig)
+    assert [(a.name, a.path, a.description) for a in found.adapters] == [
+        ("code", "elsewhere", ""),
+        ("maths", str(folder / "maths"), "About maths."),
+    ]
+    file.write_text(f"experts: [{entry % ('tiny', '')}]\n")
+    with pytest.raises(ConfigError, match="has no adapter of 'tiny'; it has some of 'smol', 'big'"):
+        load_config(file)
+    file.write_text("experts: [{name: b, engine: transformers, model: m, library: gone}]\n")
+    with pytest.raises(ConfigError, match=r"holds no library\.yaml"):
+        load_config(file)

@@ -12,7 +12,8 @@ from experts.errors import ExpertFailedError
 from orchestrator.config import ConfigError, parse_config
 from orchestrator.core import Orchestrator
 from orchestrator.memory.decisions import DecisionRecord
-from orchestrator.strategies.latent import LatentStrategy, gates, hosted_together
+from orchestrator.strategies.latent import LatentStrategy, hosted_together
+from orchestrator.strategies.several import shares_by_quality
 from tests.orchestrator.composing import Run, scripted
 from tests.orchestrator.support import (
     CHAT,
@@ -43,19 +44,21 @@ def asked(run: Run, name: str) -> dict[str, float]:
 
 def test_gates_by_hand():
     # Odds of 4, 1 and 1.
-    assert gates([0.8, 0.5, 0.5]) == pytest.approx([4 / 6, 1 / 6, 1 / 6])
-    assert gates([0.3]) == [1.0]
+    assert shares_by_quality([0.8, 0.5, 0.5]) == pytest.approx([4 / 6, 1 / 6, 1 / 6])
+    assert shares_by_quality([0.3]) == [1.0]
 
 
 def test_gates_are_the_softmax_of_the_scores_that_predict_quality():
     scores = [1.7, -0.4, 0.2]
     total = sum(map(math.exp, scores))
     qualities = [1 / (1 + math.exp(-score)) for score in scores]
-    assert gates(qualities) == pytest.approx([math.exp(score) / total for score in scores])
+    assert shares_by_quality(qualities) == pytest.approx(
+        [math.exp(score) / total for score in scores]
+    )
 
 
 def test_certain_qualities_have_gates_too():
-    found = gates([1.0, 0.0, 1.0])
+    found = shares_by_quality([1.0, 0.0, 1.0])
     assert found == pytest.approx([0.5, 0.0, 0.5], abs=1e-9)
     assert min(found) > 0
 

@@ -7,6 +7,7 @@ from orchestrator.config import ConfigError, parse_config
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.fallback import FallbackStrategy
 from orchestrator.strategies.latent import LatentStrategy
+from orchestrator.strategies.mix import MixStrategy
 from orchestrator.strategies.single import SingleStrategy
 from orchestrator.testing import StrategyCheck, StrategyRun, scripted, strategy_checks
 from tests.orchestrator.support import config_content
@@ -15,6 +16,7 @@ STRATEGIES: list[Strategy] = [
     SingleStrategy(),
     FallbackStrategy(),
     LatentStrategy(type="latent"),
+    MixStrategy(type="mix", base="first"),
 ]
 
 
