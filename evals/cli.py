@@ -17,6 +17,7 @@ from evals.tasks import (
     Split,
     Task,
     TaskError,
+    chore_names,
     get_task,
     get_tasks,
     task_names,
@@ -51,7 +52,7 @@ def list_command(as_json: bool) -> None:
     """List the built-in tasks with the number of samples in each split."""
     sizes = {
         name: {split: len(get_task(name).samples(split)) for split in SPLITS}
-        for name in task_names()
+        for name in (*task_names(), *chore_names())
     }
     if as_json:
         click.echo(json.dumps(sizes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evals.tasks.base import SPLITS, TABLE_SPLITS, Sample, Split, Task, TaskError
-from evals.tasks.registry import get_task, get_tasks, task_names
+from evals.tasks.registry import chore_names, get_task, get_tasks, task_names
 
 __all__ = [
     "SPLITS",
@@ -12,6 +12,7 @@ __all__ = [
     "Split",
     "Task",
     "TaskError",
+    "chore_names",
     "get_task",
     "get_tasks",
     "task_names",

@@ -14,12 +14,21 @@ _TASKS = {
     "intents": "evals.tasks.intents:IntentsTask",
     "maths": "evals.tasks.maths:MathsTask",
 }
+_CHORES = {
+    name: f"evals.tasks.chores:{name}"
+    for name in ("dates", "html", "nato", "roman", "shell", "sql", "times", "yaml")
+}
 _LM_EVAL = "lm-eval:"
 
 
 def task_names() -> list[str]:
-    """Return the names of the built-in tasks, sorted."""
+    """Return the names of the tasks of the embedded pool, sorted."""
     return sorted(_TASKS)
+
+
+def chore_names() -> list[str]:
+    """Return the names of the further tasks of the library of adapters, sorted."""
+    return sorted(_CHORES)
 
 
 def get_task(name: str) -> Task:
@@ -47,10 +56,10 @@ def get_tasks(name: str) -> Sequence[Task]:
         from evals.tasks.lm_eval_task import load_tasks
 
         return load_tasks(name.removeprefix(_LM_EVAL))
-    target = _TASKS.get(name, name)
+    target = {**_TASKS, **_CHORES}.get(name, name)
     module_name, separator, class_name = target.partition(":")
     if not separator:
-        known = ", ".join(map(repr, task_names()))
+        known = ", ".join(map(repr, (*task_names(), *chore_names())))
         raise TaskError(
             f'unknown task {name!r}; known: {known} (or give "module:Class", "lm-eval:NAME" or '
             '"lm-eval:PATH.yaml")'

