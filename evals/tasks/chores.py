@@ -99,8 +99,8 @@ _MINUTES = {0: "{h} o'clock", 5: "five past {h}", 10: "ten past {h}", 15: "a qua
             20: "twenty past {h}", 25: "twenty-five past {h}", 30: "half past {h}",
             35: "twenty-five to {n}", 40: "twenty to {n}", 45: "a quarter to {n}",
             50: "ten to {n}", 55: "five to {n}"}  # fmt: skip
-_EVENTS = ("The train leaves", "The meeting is", "The shop closes", "The film starts", "My flight is",
-           "The call is", "Lunch is", "The alarm rings", "The class ends",
+_EVENTS = ("The train leaves", "The meeting is", "The shop closes", "The film starts",
+           "My flight is", "The call is", "Lunch is", "The alarm rings", "The class ends",
            "The bus comes")  # fmt: skip
 
 
