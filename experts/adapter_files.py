@@ -21,12 +21,14 @@ __all__ = [
     "Updates",
     "adapter_folder",
     "adapter_settings",
+    "fuse",
     "inner",
     "read_shapes",
     "read_updates",
     "refuse_pickles",
     "similarity",
     "weights_hash",
+    "write_updates",
 ]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -231,3 +233,57 @@ def _scale(settings: Mapping[str, Any], path: str) -> float:
 
     rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     return alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
+
+
+def fuse(folders: Mapping[str, Path], weights: Mapping[str, float]) -> dict[str, LowRank]:
+    """Weighted sums of several adapters' ``A`` and of their ``B``, scales included.
+
+    Args:
+        folders: Of the adapters, by name.
+        weights: Of those that count, by name.
+
+    Raises:
+        ExpertConfigError: One cannot be read.
+    """
+    import torch
+
+    read = [(read_updates(folders[name]), weight) for name, weight in weights.items()]
+    fused: dict[str, LowRank] = {}
+    for path in dict.fromkeys(path for updates, _ in read for path in updates):
+        parts = [(updates[path], weight) for updates, weight in read if path in updates]
+        rank = max(update.down.shape[0] for update, _ in parts)
+        down = torch.zeros(rank, parts[0][0].down.shape[1])
+        up = torch.zeros(parts[0][0].up.shape[0], rank)
+        for update, weight in parts:
+            down[: update.down.shape[0]] += weight * update.down
+            up[:, : update.up.shape[1]] += weight * update.up
+        fused[path] = LowRank(down, up)
+    return fused
+
+
+def write_updates(folder: Path, updates: Updates, base: str) -> None:
+    """Write updates as an adapter in PEFT's format, of the largest of their ranks.
+
+    Args:
+        folder: Where to.
+        updates: By the path of the layer.
+        base: The model that they are for.
+    """
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    rank = max(update.down.shape[0] for update in updates.values())
+    tensors = {}
+    for path, update in updates.items():
+        down = torch.zeros(rank, update.down.shape[1])
+        up = torch.zeros(update.up.shape[0], rank)
+        down[: update.down.shape[0]], up[:, : update.up.shape[1]] = update.down, update.up
+        tensors[f"base_model.model.{path}.lora_A.weight"] = down
+        tensors[f"base_model.model.{path}.lora_B.weight"] = up
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=sorted(updates), task_type="CAUSAL_LM",
+        base_model_name_or_path=base, inference_mode=True,
+    ).save_pretrained(str(folder))  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from experts.adapter_files import LowRank, Updates, read_shapes, read_updates
+from experts.adapter_files import LowRank, Updates, fuse, read_shapes, read_updates
 from experts.errors import ExpertConfigError, InvalidRequestError
 from experts.token_routing import TokenRouter
 
@@ -329,22 +329,9 @@ class AdapterSlots:
         self._held.move_to_end(key)
 
     def _load(self, key: Fusion) -> Updates:
-        read = [(read_updates(self._folders[name]), weight) for name, weight in key]
-        return read[0][0] if [weight for _, weight in read] == [1.0] else _fuse(read)
-
-
-def _fuse(read: Sequence[tuple[Updates, float]]) -> dict[str, LowRank]:
-    fused: dict[str, LowRank] = {}
-    for path in {path for updates, _ in read for path in updates}:
-        parts = [(updates[path], weight) for updates, weight in read if path in updates]
-        rank = max(update.down.shape[0] for update, _ in parts)
-        down = torch.zeros(rank, parts[0][0].down.shape[1])
-        up = torch.zeros(parts[0][0].up.shape[0], rank)
-        for update, weight in parts:
-            down[: update.down.shape[0]] += weight * update.down
-            up[:, : update.up.shape[1]] += weight * update.up
-        fused[path] = LowRank(down, up)
-    return fused
+        if [weight for _, weight in key] == [1.0]:
+            return read_updates(self._folders[key[0][0]])
+        return fuse(self._folders, dict(key))
 
 
 def _check_fits(name: str, path: str, shape: tuple[int, int, int], model: Any) -> None:

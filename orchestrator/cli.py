@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "import": ("evals.import_cli:import_command", "Make an outcome table from other files."),
     "tasks": ("evals.cli:tasks_command", "List and export evaluation tasks."),
-    "library": ("experts.library.cli:library_command", "Keep adapters, tested before they join."),
+    "library": ("evals.moerging.cli:library_command", "Keep adapters, tested before they join."),
     "index": ("orchestrator.index_cli:index_command", "Make an index of documents to look up."),
     "config": ("orchestrator.config_cli:config_command", "Check and show configs."),
     "doctor": ("deployments.cli:doctor_command", "Say what is wrong with this machine's setup."),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from pydantic import ValidationError
@@ -18,13 +18,16 @@ from experts.errors import ExpertConfigError
 from experts.library.admission import FORGIVABLE, Candidate, Finding, examine, examine_files
 from experts.library.manifest import Library, LibraryExpert, Provenance
 
-__all__ = ["library_command"]
+if TYPE_CHECKING:
+    from experts.library.merging import Merging
 
-_FOLDER = click.option(
+__all__ = ["DEVICE", "FOLDER", "library_command", "only_base", "user_errors"]
+
+FOLDER = click.option(
     "--library", "folder", required=True, type=click.Path(file_okay=False, path_type=Path),
     help="The library's folder.",
 )  # fmt: skip
-_DEVICE = click.option(
+DEVICE = click.option(
     "--device", default="cpu", help="Where adapters are tried out, such as cuda:0."
 )
 _TOKENS = click.option(
@@ -41,7 +44,7 @@ def library_command() -> None:
 
 @library_command.command("add", short_help="Test an adapter and take it in.")
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_FOLDER
+@FOLDER
 @click.option("--name", help="What users put in 'model'; by default the folder's name.")
 @click.option("--base", help="Its base model; by default that of the library's first expert.")
 @click.option(
@@ -57,7 +60,7 @@ def library_command() -> None:
     help="Take it in although this test fails, which is noted; may be given several times.",
 )  # fmt: skip
 @_TOKENS
-@_DEVICE
+@DEVICE
 def add_command(
     adapter: Path,
     folder: Path,
@@ -83,7 +86,7 @@ def add_command(
     gain     its samples are likelier with it than without
     answers  no adapter that is there answers its samples as it does
     """
-    with _user_errors():
+    with user_errors():
         name = name or adapter.resolve().name
         library = Library.at(folder)
         known = library.bases()
@@ -138,20 +141,20 @@ def _copy(adapter: Path, target: Path) -> None:
 
 @library_command.command("remove", short_help="Take an expert out.")
 @click.argument("name")
-@_FOLDER
+@FOLDER
 def remove_command(name: str, folder: Path) -> None:
     """Take the expert NAME off the list, and its files out of the library's folder."""
-    with _user_errors():
+    with user_errors():
         Library(folder).remove(name)
         click.echo(f"{folder}: {name} is out", err=True)
 
 
 @library_command.command("list", short_help="Show what is in a library.")
-@_FOLDER
+@FOLDER
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, as JSON.")
 def list_command(folder: Path, as_json: bool) -> None:
     """Show a library's experts, by base model."""
-    with _user_errors():
+    with user_errors():
         library = Library(folder)
         if as_json:
             listed = [expert.model_dump(mode="json") for expert in library.experts.values()]
@@ -166,9 +169,9 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 
 @library_command.command("check", short_help="Test what is in a library again.")
-@_FOLDER
+@FOLDER
 @_TOKENS
-@_DEVICE
+@DEVICE
 @click.option("--files", "files_only", is_flag=True, help="Look at files alone, and run no model.")
 def check_command(folder: Path, trigger_tokens: int | None, device: str, files_only: bool) -> None:
     """Test all adapters of a library again, and whether their weights are those that came in.
@@ -176,7 +179,7 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
     Each is compared with those that stand before it. Exits with 1 if one fails a test that was not
     accepted when it came.
     """
-    with _user_errors():
+    with user_errors():
         library = Library(folder)
         earlier: dict[str, dict[str, Path]] = {}
         failed = 0
@@ -215,7 +218,7 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
 
 
 @library_command.command("gates", short_help="Learn which tokens each adapter is for.")
-@_FOLDER
+@FOLDER
 @click.option("--base", help="Whose adapters; by default the library's only base model.")
 @click.option(
     "--method", required=True, type=click.Choice(["phatgoose", "average", "ridge"]),
@@ -225,7 +228,7 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the gates; vectors that it holds already are kept.",
 )  # fmt: skip
-@_DEVICE
+@DEVICE
 def gates_command(folder: Path, base: str | None, method: str, out: Path, device: str) -> None:
     """Learn gates for token routers from the samples of a library's adapters.
 
@@ -234,18 +237,93 @@ def gates_command(folder: Path, base: str | None, method: str, out: Path, device
     average    the mean of what each layer reads in each adapter's samples
     ridge      a ridge regression of the domain per block of layers
     """
-    with _user_errors():
+    with user_errors():
         from experts.library.gates import make_gates
 
         library = Library(folder)
         make_gates(
-            library, _only_base(library, base), method, out, device=device,
+            library, only_base(library, base), method, out, device=device,
             progress=lambda line: click.echo(line, err=True),
         )  # fmt: skip
         click.echo(f"{out}: gates of {method}; name the folder under 'token_routers'", err=True)
 
 
-def _only_base(library: Library, base: str | None) -> str:
+@library_command.command("merge", short_help="Make one adapter of several.")
+@click.argument("names", nargs=-1, metavar="[NAME ...]")
+@FOLDER
+@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@click.option(
+    "--method", required=True,
+    type=click.Choice(["cat", "linear", "ties", "dare_linear", "dare_ties", "lorahub"]),
+    help="How they are merged; see below.",
+)  # fmt: skip
+@click.option(
+    "--examples", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='For lorahub: JSONL file of a few {"prompt", "answer"} objects.',
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn or tried.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the adapter, in PEFT's format.",
+)  # fmt: skip
+@DEVICE
+def merge_command(
+    names: Sequence[str],
+    folder: Path,
+    base: str | None,
+    method: str,
+    examples: Path | None,
+    seed: int,
+    out: Path,
+    device: str,
+) -> None:
+    """Merge the adapters NAME, or all, with equal weights, or weights found by examples.
+
+    \b
+    cat          adds up their updates; the rank is that of all together
+    linear       averages their matrices
+    ties         averages those of the largest fifth of the numbers that agree in sign
+    dare_linear  drops half of the numbers at random and averages the rest
+    dare_ties    drops half at random, then as ties
+    lorahub      searches weights of matrices that make the examples likely
+    """
+    with user_errors():
+        from experts.adapter_files import fuse, write_updates
+        from experts.finetune_data import read_pairs
+        from experts.library.examiner import Examiner
+        from experts.library.merging import lorahub_weights, merge_adapters
+
+        library = Library(folder)
+        base = only_base(library, base)
+        known = {one.name: one for one in library.of(base) if one.kind == "adapter"}
+        for name in names:
+            if name not in known:
+                listed = ", ".join(map(repr, known))
+                raise click.UsageError(f"{folder} has no adapter {name!r}; it has {listed}")
+        folders = {name: library.path(known[name].path) for name in names or known}
+        weights = dict.fromkeys(folders, 1 / len(folders))
+        if method == "lorahub":
+            if examples is None:
+                raise click.UsageError("lorahub needs --examples: it searches weights for them")
+            examiner = Examiner(base, folders, device=device)
+            pairs = examiner.read(read_pairs(examples)[0])
+            weights = lorahub_weights(
+                examiner, [*folders], pairs, seed=seed,
+                on_step=lambda step, loss: click.echo(f"{step}: {loss:.3f}", err=True),
+            )  # fmt: skip
+            write_updates(out, fuse(folders, weights), base)
+        else:
+            merge_adapters(base, folders, weights, cast("Merging", method), out, seed=seed)
+        listed = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
+        click.echo(f"{out}: {listed}", err=True)
+
+
+def only_base(library: Library, base: str | None) -> str:
+    """The base model that was named, or the library's only one.
+
+    Raises:
+        UsageError: It has several, or another.
+    """
     known = library.bases()
     if base is None and len(known) != 1:
         listed = ", ".join(known) or "none"
@@ -256,7 +334,7 @@ def _only_base(library: Library, base: str | None) -> str:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Show what a user can mend as one line."""
     try:
         yield

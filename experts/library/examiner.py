@@ -7,21 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experts.config import AdapterConfig, TransformersExpertConfig
+from experts.config import AdapterConfig, TokenRouterConfig, TransformersExpertConfig
 from experts.finetune_data import ChatPair, TokenPair, common_start, pack, tokenize
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Examiner"]
+    from experts.lora import AdapterUse
+
+__all__ = ["Examiner", "Reader"]
 
 # Tokens that are computed together, about; attention over a row of texts grows with its square.
 ROW_TOKENS = 1024
+
+
+Reader: TypeAlias = "str | AdapterUse | None"
+"""Who reads texts: an adapter by name, a mixture of some, or the base alone."""
 
 
 class Examiner:
@@ -32,6 +38,7 @@ class Examiner:
         adapters: Folder of each adapter, by name.
         device: A torch device.
         dtype: Number format of the model.
+        token_routers: Ways to choose among the adapters token by token.
 
     Attributes:
         tokenizer: The base's.
@@ -49,13 +56,14 @@ class Examiner:
         *,
         device: str = "cpu",
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        token_routers: Sequence[TokenRouterConfig] = (),
     ) -> None:
         from experts.loading import load_model
 
         hosted = [AdapterConfig(name=name, path=str(folder)) for name, folder in adapters.items()]
         config = TransformersExpertConfig(
             name="base", engine="transformers", model=base, adapters=tuple(hosted), device=device,
-            dtype=dtype,
+            dtype=dtype, token_routers=tuple(token_routers),
         )  # fmt: skip
         self.tokenizer, self.model, self.adapters = load_model(config)
 
@@ -63,34 +71,39 @@ class Examiner:
         """Pairs as the base's tokenizer and chat template make them."""
         return tokenize(pairs, self.tokenizer)
 
-    def logits(self, pairs: Sequence[TokenPair], adapter: str | None) -> Iterator[torch.Tensor]:
+    def logits(self, pairs: Sequence[TokenPair], adapter: Reader) -> Iterator[torch.Tensor]:
         """What follows: logits of each pair's answer tokens, shape (n_tokens, vocabulary) each.
 
         Args:
             pairs: Texts; those that begin alike are best neighbours.
-            adapter: Who reads them; none is the base alone.
+            adapter: Who reads them.
         """
         import torch
 
         from experts.lora import NO_ADAPTER, AdapterUse
 
-        device, use = self.model.device, NO_ADAPTER
-        if adapter is not None:
+        device, use = self.model.device, adapter if isinstance(adapter, AdapterUse) else NO_ADAPTER
+        if isinstance(adapter, str):
             use = AdapterUse(((self.adapters.adapter(adapter), 1.0),))
-        for group in _rows_of(pairs):
-            batch = pack(group)
-            self.adapters.set_rows([use])
-            with torch.no_grad():
-                found: Any = self.model(
-                    input_ids=batch.input_ids.to(device),
-                    position_ids=batch.position_ids.to(device),
-                    attention_mask=batch.attention_mask.to(device),
-                    logits_to_keep=batch.predicting.to(device),
-                    use_cache=False,
-                )
-            yield from found.logits[0].float().split([len(pair.answer_ids) for pair in group])
+        self.adapters.acquire(use)
+        try:
+            for group in _rows_of(pairs):
+                batch = pack(group)
+                self.adapters.set_rows([use])
+                with torch.no_grad():
+                    found: Any = self.model(
+                        input_ids=batch.input_ids.to(device),
+                        position_ids=batch.position_ids.to(device),
+                        attention_mask=batch.attention_mask.to(device),
+                        logits_to_keep=batch.predicting.to(device),
+                        use_cache=False,
+                    )
+                lengths = [len(pair.answer_ids) for pair in group]
+                yield from found.logits[0].float().split(lengths)
+        finally:
+            self.adapters.release(use)
 
-    def losses(self, pairs: Sequence[TokenPair], adapter: str | None) -> NDArray[np.float64]:
+    def losses(self, pairs: Sequence[TokenPair], adapter: Reader) -> NDArray[np.float64]:
         """Loss of each answer, summed over its tokens, in nats; shape (n_pairs,)."""
         import torch
         from torch.nn import functional
@@ -105,7 +118,7 @@ class Examiner:
         ]
         return np.array(found)
 
-    def divergence(self, pairs: Sequence[TokenPair], one: str | None, other: str | None) -> float:
+    def divergence(self, pairs: Sequence[TokenPair], one: Reader, other: Reader) -> float:
         """How differently two of them go on: Jensen-Shannon divergence per token, in nats."""
         total, tokens = 0.0, 0
         for p, q in zip(self.logits(pairs, one), self.logits(pairs, other), strict=True):

@@ -1,0 +1,1 @@
+"""Methods that recycle a library of adapters, compared on the same questions."""

@@ -1,0 +1,182 @@
+"""``collegium library table`` and ``evaluate``: a library's adapters measured, methods compared."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from experts.library.cli import DEVICE, FOLDER, library_command, only_base, user_errors
+
+__all__ = ["library_command"]
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NAMED = click.Path(exists=True, path_type=Path)
+
+
+@library_command.command("table", short_help="Measure adapters on each other's samples.")
+@FOLDER
+@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@click.option(
+    "--general", type=_FILE,
+    help='JSONL file of {"prompt", "answer"} objects that the base is for.',
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="Samples per domain.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the outcome table.",
+)  # fmt: skip
+@DEVICE
+def table_command(
+    folder: Path, base: str | None, general: Path | None, limit: int | None, out: Path, device: str
+) -> None:
+    """Write an outcome table: how likely each adapter, and the base, find each sample's answer.
+
+    Any router is trained on it: 'collegium train router'. Scores are geometric means of the
+    probabilities of the answer's tokens.
+    """
+    with user_errors():
+        from evals.moerging.table import library_table
+        from experts.finetune_data import read_pairs
+        from experts.library.examiner import Examiner
+        from experts.library.manifest import Library
+
+        library = Library(folder)
+        base = only_base(library, base)
+        chosen = [
+            one for one in library.of(base) if one.kind == "adapter" and one.samples is not None
+        ]
+        samples = {
+            one.name: read_pairs(library.path(one.samples or ""))[0][:limit] for one in chosen
+        }
+        if general is not None:
+            samples["general"] = read_pairs(general)[0][:limit]
+        adapters = {one.name: library.path(one.path) for one in chosen}
+        examiner = Examiner(base, adapters, device=device)
+        made = library_table(
+            examiner, [*adapters], samples,
+            progress=lambda domain: click.echo(f"samples of {domain}", err=True),
+        )  # fmt: skip
+        made.write(out)
+        click.echo(f"{out}: {len(made.prompts)} prompts, {len(made.models)} models", err=True)
+
+
+@library_command.command("evaluate", short_help="Compare methods that use a library.")
+@FOLDER
+@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@click.option(
+    "--questions", "questions_file", required=True, type=_FILE,
+    help='JSONL file of {"prompt", "answer", "domain"} objects; a domain that is no adapter\'s '
+    "name is out of domain.",
+)  # fmt: skip
+@click.option(
+    "--examples", "examples_file", type=_FILE,
+    help="Further such objects, a few of each domain, for methods that ask for examples.",
+)  # fmt: skip
+@click.option(
+    "--table", "table_path", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What 'collegium library table' wrote, for methods with a router.",
+)  # fmt: skip
+@click.option(
+    "--gates", multiple=True, metavar="METHOD=FOLDER",
+    help="What 'collegium library gates' wrote; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--reference", "references", multiple=True, metavar="NAME=FOLDER",
+    help="An adapter to compare with: multitask, ties, dare; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--method", "names", multiple=True,
+    help="Only this method; may be given several times.  [default: all that can be run]",
+)  # fmt: skip
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path),
+    help="Write OUT.md, OUT.json and OUT.svg; OUT_answers.jsonl is read and added to.",
+)  # fmt: skip
+@DEVICE
+def evaluate_command(
+    folder: Path,
+    base: str | None,
+    questions_file: Path,
+    examples_file: Path | None,
+    table_path: Path | None,
+    gates: Sequence[str],
+    references: Sequence[str],
+    names: Sequence[str],
+    seeds: int,
+    out: Path,
+    device: str,
+) -> None:
+    """Compare methods on questions in domain and out of it, beside each one's place in the survey.
+
+    Loss is per token of the right answer; right is what greedy decoding writes exactly. What is in
+    OUT_answers.jsonl is not measured again.
+    """
+    with user_errors():
+        from tqdm import tqdm
+
+        from evals.moerging.measure import Measured, measure
+        from evals.moerging.methods import methods
+        from evals.moerging.report import as_json, as_markdown, picture
+        from evals.moerging.setting import Question, Setting, read_questions
+        from experts.library.manifest import Library
+        from routers.outcomes import OutcomeTable
+
+        library = Library(folder)
+        examples: dict[str, list[Question]] = defaultdict(list)
+        for question in read_questions(examples_file) if examples_file else ():
+            examples[question.domain].append(question)
+        setting = Setting(
+            library=library,
+            base=only_base(library, base),
+            questions=read_questions(questions_file),
+            examples=examples,
+            table=OutcomeTable.load(table_path) if table_path else None,
+            gates=dict(_named(one, "--gates") for one in gates),
+            references=dict(_named(one, "--reference") for one in references),
+            device=device,
+        )
+        chosen = methods(setting, list(names) or None)
+        journal = out.with_name(f"{out.name}_answers.jsonl")
+        made: dict[str, list[Measured]] = defaultdict(list)
+        if journal.exists():
+            for line in journal.read_text(encoding="utf-8").splitlines():
+                found = Measured(**json.loads(line))
+                made[found.method].append(found)
+        for method in chosen:
+            done = {one.seed for one in made[method.name]}
+            for seed in range(seeds if method.seeded else 1):
+                if seed in done:
+                    continue
+                with tqdm(total=len(setting.questions), desc=f"{method.name} {seed}") as bar:
+                    found = measure(setting, method, seed, on_question=bar.update)
+                made[method.name].append(found)
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
+        if not made["base"]:
+            raise click.UsageError("--method base: others are compared with it; measure it first")
+        kept = {name: rows for name, rows in made.items() if rows}
+        lines = as_json(kept, setting.questions, [*setting.adapters])
+        about = (
+            f"{len(setting.adapters)} adapters of `{setting.base}`, {len(setting.questions)} "
+            f"questions of {len(setting.by_domain)} domains. Loss per answer token, in nats, and "
+            "share of exactly right answers; 95% intervals of the bootstrap over questions.\n\n"
+            f"![Loss in domain and out of it]({out.name}.svg)"
+        )
+        text = as_markdown(lines, "A library of adapters, and methods that use it", about)
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+        out.with_suffix(".json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".svg").write_text(picture(lines), encoding="utf-8")
+        click.echo(text, nl=False)
+
+
+def _named(text: str, option: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not separator or not Path(path).is_dir():
+        raise click.UsageError(f"{option} takes NAME=FOLDER of a folder that exists, not {text!r}")
+    return name, Path(path)

@@ -1,0 +1,127 @@
+"""Methods side by side: what they bring in domain and out of it, their cost, their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evals.moerging.measure import Measured, Summary, summarise
+from evals.moerging.methods import METHODS
+from evals.moerging.setting import Question
+from evals.moerging.taxonomy import AXES
+from evals.svg import Plot
+
+__all__ = ["as_json", "as_markdown", "picture"]
+
+ALONE, ORACLE = "base", "oracle adapter"
+# Okabe and Ito's, told apart by most colour-blind people.
+COLOURS = {"none": "#7f7f7f", "task": "#e69f00", "example": "#0072b2", "step": "#d55e00"}
+
+
+def as_json(
+    made: Mapping[str, Sequence[Measured]], questions: Sequence[Question], domains: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A line per method, in the order of the registry.
+
+    Args:
+        made: Measurements of each method, ``base`` among them.
+        questions: Those that were asked.
+        domains: The domains that have an adapter.
+    """
+    inside = np.array([question.domain in domains for question in questions])
+    alone = made[ALONE][0]
+    oracle = made[ORACLE][0] if ORACLE in made else None
+    lines = []
+    for name, method in METHODS.items():
+        if name not in made:
+            continue
+        rows = made[name]
+        line: dict[str, Any] = {
+            "method": name,
+            "taxonomy": None
+            if method.taxonomy is None
+            else {axis: getattr(method.taxonomy, axis) for axis in AXES},
+            "seeds": len(rows),
+            "choosing_ms": float(np.mean([row.choosing_ms for row in rows])),
+            "reading_ms": float(np.mean([row.reading_ms for row in rows])),
+        }
+        for where, chosen in (("in_domain", inside), ("out_of_domain", ~inside)):
+            if chosen.any():
+                there = oracle if where == "in_domain" else None
+                found = summarise(rows, alone, there, np.flatnonzero(chosen))
+                line[where] = _plain(found)
+        lines.append(line)
+    return lines
+
+
+def _plain(summary: Summary) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: getattr(summary, name)._asdict()
+        for name in ("loss", "loss_less_base", "exact", "exact_less_base")
+    }
+    return found | {"gain": summary.gain}
+
+
+def as_markdown(lines: Sequence[Mapping[str, Any]], title: str, about: str) -> str:
+    """Results and the taxonomy as two tables."""
+    alone = next(line for line in lines if line["method"] == ALONE)
+    text = [f"# {title}", "", about, "", "## Results", ""]
+    head = "| method | " + " | ".join(
+        f"{what}, {where}"
+        for where in ("in domain", "out of domain")
+        for what in ("loss", "less the base's", "right")
+    )
+    text += [head + " | of the oracle's gain | ms to choose | ms to read |", "|---" * 10 + "|"]
+    for line in lines:
+        cells = [line["method"]]
+        for where in ("in_domain", "out_of_domain"):
+            found = line.get(where)
+            if found is None:
+                cells += ["", "", ""]
+            else:
+                cells += [
+                    f"{found['loss']['mean']:.3f}",
+                    _with_interval(found["loss_less_base"]),
+                    f"{found['exact']['mean']:.3f}",
+                ]
+        gain = line.get("in_domain", {}).get("gain")
+        cells += [
+            "" if gain is None else f"{gain:.1%}",
+            f"{line['choosing_ms']:.1f}",
+            f"{line['reading_ms'] / alone['reading_ms']:.2f} x",
+        ]
+        text.append(f"| {' | '.join(cells)} |")
+    text += [
+        "",
+        "## Taxonomy",
+        "",
+        f"| method | {' | '.join(AXES)} |",
+        "|---" * (len(AXES) + 1) + "|",
+    ]
+    for line in lines:
+        if line["taxonomy"] is not None:
+            places = " | ".join(line["taxonomy"][axis] for axis in AXES)
+            text.append(f"| {line['method']} | {places} |")
+    return "\n".join(text) + "\n"
+
+
+def _with_interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def picture(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Loss less the base's, in domain and out of it, as SVG; the lower left is best."""
+    both = [line for line in lines if "in_domain" in line and "out_of_domain" in line]
+    xs, ys = (
+        [line[where]["loss_less_base"]["mean"] for line in both]
+        for where in ("in_domain", "out_of_domain")
+    )
+    plot = Plot("Loss per answer token, less the base's", "in domain", "out of domain", xs, ys)
+    for line, x, y in zip(both, xs, ys, strict=True):
+        granularity = (line["taxonomy"] or {}).get("granularity", "none")
+        plot.dot(x, y, COLOURS[granularity], line["method"])
+    kinds = {"none": "references", "task": "one choice for a task", "example": "per query",
+             "step": "per token and layer"}  # fmt: skip
+    return plot.document([(kinds[kind], colour) for kind, colour in COLOURS.items()])

@@ -1,0 +1,3 @@
+from tests.experts.library.conftest import home
+
+__all__ = ["home"]

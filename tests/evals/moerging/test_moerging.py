@@ -1,0 +1,171 @@
+"""Methods compared on a library of two tiny adapters: what is chosen, measured, kept and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from evals.moerging.cli import library_command
+from evals.moerging.measure import Measured, measure, summarise
+from evals.moerging.methods import METHODS, methods
+from evals.moerging.setting import BASE, Question, Setting, read_questions
+from evals.moerging.table import library_table
+from evals.moerging.taxonomy import AXES
+from experts.adapter_files import fuse, read_updates, write_updates
+from experts.errors import ExpertConfigError
+from experts.library.manifest import Library, LibraryExpert
+
+QUESTIONS = [
+    Question("Name two colours.", "the quick brown fox", "one"),
+    Question("hello world", "lazy dog", "one"),
+    Question("Count from one to four.", "one two three four", "two"),
+    Question("one hundred", "user", "two"),
+    Question("the lazy dog", "hello", "elsewhere"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(home: Path) -> Library:
+    library = Library.at(home / "compared")
+    for name in ("one", "two"):
+        file = home / f"{name}_samples.jsonl"
+        rows = [q for q in QUESTIONS if q.domain == name] * 4
+        lines = [{"prompt": f"{q.prompt} {n}", "answer": q.answer} for n, q in enumerate(rows)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        library.experts[name] = LibraryExpert(
+            name=name, base=str(home / "base"), path=str(home / name), samples=str(file)
+        )
+    library.save()
+    return library
+
+
+@pytest.fixture(scope="module")
+def setting(library: Library, home: Path) -> Setting:
+    return Setting(library, str(home / "base"), QUESTIONS, {})
+
+
+def _losses(setting: Setting, name: str) -> list[float]:
+    return measure(setting, METHODS[name], 0).losses
+
+
+def test_every_method_has_its_place_on_every_axis():
+    assert len(AXES) == 9
+    places = {name: method.taxonomy for name, method in METHODS.items() if method.taxonomy}
+    assert METHODS.keys() - places.keys() == {"base", "oracle adapter"}
+    assert places["Arrow"].depth == "module"
+    assert places["LoraHub"].user_data == "few-shot"
+
+
+def test_base_and_oracle_are_what_base_and_adapters_make_of_the_questions(setting):
+    alone = setting.examiner.losses(setting.pairs, None)
+    np.testing.assert_allclose(_losses(setting, "base"), alone, rtol=0.02)
+    own = _losses(setting, "oracle adapter")
+    for place, question in enumerate(QUESTIONS):
+        reader = None if question.domain == "elsewhere" else question.domain
+        expected = setting.examiner.losses(setting.pairs[place : place + 1], reader)
+        assert own[place] == pytest.approx(float(expected[0]), rel=0.02)
+
+
+def test_methods_are_those_that_the_setting_has_what_it_takes_for(setting):
+    there = [method.name for method in methods(setting, None)]
+    assert there == ["base", "oracle adapter", "uniform merge", "Arrow", "SpectR"]
+    with pytest.raises(ExpertConfigError, match="'pilots' needs table"):
+        methods(setting, ["pilots"])
+    with pytest.raises(ExpertConfigError, match="'PHATGOOSE' needs gates/phatgoose"):
+        methods(setting, ["PHATGOOSE"])
+    with pytest.raises(ExpertConfigError, match="unknown method 'x'; known: 'base'"):
+        methods(setting, ["x"])
+
+
+def test_a_table_has_the_likelihood_of_each_sample_by_each_adapter(setting):
+    samples = {"one": [q.pair for q in QUESTIONS[:2]], "general": [QUESTIONS[4].pair]}
+    table = library_table(setting.examiner, ["one", "two"], samples, progress=lambda _: None)
+    assert table.models == [BASE, "one", "two"]
+    assert table.prompts.categories == ["one", "one", "general"]
+    tokens = len(setting.pairs[4].answer_ids)
+    expected = np.exp(-setting.examiner.losses(setting.pairs[4:], "two") / tokens)
+    assert table.scores("train")[2, 2] == pytest.approx(float(expected[0]), rel=1e-3)
+
+
+def test_gains_are_shares_of_the_oracles():
+    def made(losses: list[float], exact: list[int]) -> Measured:
+        return Measured("m", 0, losses, [2, 2], exact, 0.0, 1.0)
+
+    base, oracle = made([4.0, 8.0], [0, 0]), made([2.0, 2.0], [1, 1])
+    found = summarise(
+        [made([3.0, 4.0], [0, 1]), made([3.0, 2.0], [1, 1])], base, oracle, np.arange(2)
+    )
+    # Losses of 3 and 3 on average, over two tokens each, where the base has 6 and the oracle 2.
+    assert found.loss.mean == pytest.approx(1.5)
+    assert found.loss_less_base.mean == pytest.approx(-1.5)
+    assert found.gain == pytest.approx(0.75)
+    assert found.exact.mean == pytest.approx(0.75)
+
+
+def test_commands_measure_once_and_show_all(library, home, tmp_path):
+    def run(*command: str) -> str:
+        result = CliRunner().invoke(library_command, [*command, "--library", str(library.folder)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def write(file: Path, questions: list[Question]) -> str:
+        rows = [{"prompt": q.prompt, "answer": q.answer, "domain": q.domain} for q in questions]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(file)
+
+    general = write(tmp_path / "general.jsonl", QUESTIONS[4:])
+    assert "9 prompts, 3 models" in run("table", "--general", general, "--limit", "4",
+                                        "--out", str(tmp_path / "table"))  # fmt: skip
+    run("merge", "--method", "ties", "--out", str(tmp_path / "ties"))
+    assert read_updates(tmp_path / "ties")
+    command = [
+        "evaluate", "--questions", write(tmp_path / "q.jsonl", QUESTIONS),
+        "--examples", write(tmp_path / "examples.jsonl", QUESTIONS),
+        "--table", str(tmp_path / "table"), "--reference", f"ties={tmp_path / 'ties'}",
+        "--out", str(tmp_path / "page"), "--seeds", "2",
+    ]  # fmt: skip
+    chosen = ["base", "oracle adapter", "TIES", "kNN", "LoraRetriever fusion", "TTMM", "LoraHub"]
+    text = run(*command, *(part for name in chosen[:5] for part in ("--method", name)))
+    assert "| LoraRetriever fusion |" in text
+    journal = tmp_path / "page_answers.jsonl"
+    first = journal.read_text()
+    text = run(*command, *(part for name in chosen for part in ("--method", name)))
+    assert journal.read_text().startswith(first)
+    assert [json.loads(line)["method"] for line in journal.read_text().splitlines()] == [
+        *chosen, "LoraHub",
+    ]  # fmt: skip
+    lines = json.loads((tmp_path / "page.json").read_text())
+    assert {line["method"] for line in lines} == set(chosen)
+    oracle = next(line for line in lines if line["method"] == "oracle adapter")
+    assert oracle["in_domain"]["gain"] == pytest.approx(1)
+    assert oracle["out_of_domain"]["loss_less_base"]["mean"] == pytest.approx(0)
+    assert (tmp_path / "page.svg").read_text().startswith("<svg")
+    assert "| LoraHub | standard | private | target | task |" in text
+
+
+def test_questions_that_are_none_are_named(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    with pytest.raises(ExpertConfigError, match=r'line 1 of .* must be an object with "prompt"'):
+        read_questions(file)
+    file.write_text("\n")
+    with pytest.raises(ExpertConfigError, match="holds no questions"):
+        read_questions(file)
+
+
+def test_merged_updates_can_be_written_and_read(home, tmp_path):
+    folders = {name: home / name for name in ("one", "two")}
+    fused = fuse(folders, {"one": 0.5, "two": -1.0})
+    write_updates(tmp_path / "fused", fused, str(home / "base"))
+    found = read_updates(tmp_path / "fused")
+    assert found.keys() == fused.keys()
+    for path, update in found.items():
+        np.testing.assert_allclose(update.up @ update.down, fused[path].up @ fused[path].down,
+                                   atol=1e-6)  # fmt: skip
