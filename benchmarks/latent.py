@@ -231,8 +231,8 @@ def gemma_config(work: Path, gemma: Path) -> LatentTrainingConfig:
             MemberConfig(name="general", model=BASE),
             MemberConfig(name="gemma", model=str(gemma.resolve())),
         ],
-        writer="general", active=2, gates="uniform", n_stacks=4, width=576, max_steps=MAX_STEPS,
-        evaluate_every=30, patience=1, cache="disk", **task_pairs(work),
+        writer="general", active=2, gates="uniform", n_stacks=4, width=576, learning_rate=5e-4,
+        max_steps=MAX_STEPS, evaluate_every=30, patience=1, cache="disk", **task_pairs(work),
     )  # fmt: skip
 
 

@@ -27,12 +27,23 @@ _NAMED = click.Path(exists=True, path_type=Path)
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Samples per domain.")
 @click.option(
+    "--base-name", default="base", show_default=True,
+    help="What the base is called in the config that the table's router is for; "
+    "'collegium library evaluate' knows it as base.",
+)  # fmt: skip
+@click.option(
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the outcome table.",
 )  # fmt: skip
 @DEVICE
 def table_command(
-    folder: Path, base: str | None, general: Path | None, limit: int | None, out: Path, device: str
+    folder: Path,
+    base: str | None,
+    general: Path | None,
+    limit: int | None,
+    base_name: str,
+    out: Path,
+    device: str,
 ) -> None:
     """Write an outcome table: how likely each adapter, and the base, find each sample's answer.
 
@@ -58,7 +69,7 @@ def table_command(
         adapters = {one.name: library.path(one.path) for one in chosen}
         examiner = Examiner(base, adapters, device=device)
         made = library_table(
-            examiner, [*adapters], samples,
+            examiner, [*adapters], samples, base_name=base_name,
             progress=lambda domain: click.echo(f"samples of {domain}", err=True),
         )  # fmt: skip
         made.write(out)

@@ -22,6 +22,7 @@ def library_table(
     adapters: Sequence[str],
     samples: Mapping[str, Sequence[ChatPair]],
     *,
+    base_name: str = BASE,
     progress: Callable[[str], None],
 ) -> OutcomeTable:
     """The geometric mean probability of each sample's answer tokens, with each adapter and without.
@@ -33,16 +34,17 @@ def library_table(
         examiner: Of the base with its adapters.
         adapters: Their names.
         samples: Of each domain; names that are no adapter's are of texts that the base is for.
+        base_name: What the base is called in the table.
         progress: Told whose samples are being read.
     """
-    names = [BASE, *adapters]
+    names = [base_name, *adapters]
     ids, texts, domains = [], [], []
     scores = []
     for domain, pairs in samples.items():
         progress(domain)
         read = examiner.read(pairs)
         tokens = np.array([len(pair.answer_ids) for pair in read])
-        losses = [examiner.losses(read, None if name == BASE else name) for name in names]
+        losses = [examiner.losses(read, None if name == base_name else name) for name in names]
         scores.append(np.exp(-np.array(losses) / tokens).T)
         ids += [f"{domain}-{number:04d}" for number in range(len(pairs))]
         texts += [pair.prompt for pair in pairs]
