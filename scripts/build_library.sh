@@ -22,3 +22,8 @@ for name in dates html nato shell sql times; do
     --out "experts/embedded/$name" --set rank=4 --set alpha=8 --set steps=100 --set batch_size=8 \
     --set learning_rate=2e-3 --set checkpoint_every=25
 done
+
+# What each is for, by sixty of the questions that routers learn from.
+for name in dates docstrings extract html intents maths nato shell sql times; do
+  collegium tasks export "$name" --split train | head -60 >"experts/embedded/library/samples/$name.jsonl"
+done

@@ -318,6 +318,52 @@ def merge_command(
         click.echo(f"{out}: {listed}", err=True)
 
 
+@library_command.command("upcycle", short_help="Make one mixture of experts of fine-tunes.")
+@FOLDER
+@click.option("--base", help="Whose fine-tunes; by default the library's only base model.")
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Experts that a token goes through in a layer.",
+)  # fmt: skip
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the checkpoint.",
+)  # fmt: skip
+def upcycle_command(folder: Path, base: str | None, top_k: int, out: Path) -> None:
+    """Write a Mixtral checkpoint whose experts are the MLPs of a library's fine-tunes.
+
+    Takes the whole models of the library that have samples; if it has none, its adapters, each
+    merged into the base. Routers are solved from the samples, without training.
+    """
+    with user_errors():
+        from functools import partial
+
+        from transformers import AutoTokenizer
+
+        from experts.finetune_data import read_pairs
+        from experts.library.upcycling import dense, upcycle
+        from experts.weights import resolve_model
+
+        library = Library(folder)
+        base = only_base(library, base)
+        known = [one for one in library.of(base) if one.samples is not None]
+        chosen = [one for one in known if one.kind == "model"] or known
+        if len(chosen) < 2:
+            raise click.UsageError(
+                f"{folder} has {len(chosen)} fine-tunes of {base} with samples; a mixture takes two"
+            )
+        load = {
+            one.name: partial(dense, str(library.path(one.path)), None)
+            if one.kind == "model"
+            else partial(dense, base, library.path(one.path))
+            for one in chosen
+        }
+        samples = {one.name: read_pairs(library.path(one.samples or ""))[0] for one in chosen}
+        tokenizer = AutoTokenizer.from_pretrained(str(resolve_model(base)))
+        upcycle(load, tokenizer, samples, out, top_k=top_k)
+        click.echo(f"{out}: {len(chosen)} experts, {top_k} per token", err=True)
+
+
 def only_base(library: Library, base: str | None) -> str:
     """The base model that was named, or the library's only one.
 

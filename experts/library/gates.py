@@ -26,7 +26,7 @@ from experts.library.manifest import Library, LibraryExpert
 from experts.lora import AdapterSlots, AdapterUse
 from experts.token_routing import GATES, GATES_MANIFEST, Gate, GatesManifest, read_gates
 
-__all__ = ["METHODS", "make_gates", "mean_inputs", "ridge_gates", "trained_vectors"]
+__all__ = ["METHODS", "make_gates", "mean_inputs", "ridge_gates", "solve_ridge", "trained_vectors"]
 
 METHODS = ("phatgoose", "average", "ridge")
 # Of the papers: two adapters per token for vectors, one for ridge gates.
@@ -196,13 +196,25 @@ def ridge_gates(
     tensors = {}
     for path, square in squares.items():
         targets = torch.stack(sums[path], dim=1)
-        regularised = square + RIDGE * torch.eye(len(square), dtype=square.dtype)
-        solved = torch.linalg.solve(regularised, targets)
+        solved = solve_ridge(square, targets)
         solved = solved / solved[:-1].norm(dim=0)
         block = path.rpartition(".")[0]
         tensors[f"{block}.weight"] = solved[:-1].T.float().contiguous()
         tensors[f"{block}.bias"] = solved[-1].float().contiguous()
     return tensors
+
+
+def solve_ridge(square: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """``(X'X + 0.01 I)^-1 X'Y``, shape (n_inputs, n_outputs).
+
+    Args:
+        square: ``X'X``, shape (n_inputs, n_inputs).
+        targets: ``X'Y``, shape (n_inputs, n_outputs).
+    """
+    solved: torch.Tensor = torch.linalg.solve(
+        square + RIDGE * torch.eye(len(square), dtype=square.dtype), targets
+    )
+    return solved
 
 
 class _Openness(Gate):

@@ -1,0 +1,108 @@
+"""The shipped library of adapters, and every method that uses it.
+
+    python -m benchmarks.library --work DIR --out docs/results/moerging [--method NAME ...]
+
+Ten domains have an adapter, ``general``, ``roman`` and ``yaml`` have none. Questions are of the
+tasks' test splits; routers, gates and examples learn from the train and validation splits. As
+baselines that papers omit, an adapter is trained on all domains together with as many pairs as the
+ten were; TIES and DARE merge the ten. What was made lies in ``--work`` and is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from evals.moerging.cli import library_command
+from evals.tasks import Sample, Split, get_task
+from experts.finetune import AdapterTrainingConfig, train_adapter
+from experts.library.manifest import Library
+
+LIBRARY = Path(__file__).parent.parent / "experts" / "embedded" / "library"
+OUTSIDE = ("general", "roman", "yaml")
+QUESTIONS, EXAMPLES, SAMPLES = 40, 5, 40
+GATES = ("phatgoose", "average", "ridge")
+MERGES = {"ties": "ties", "dare": "dare_ties"}
+# Pairs that the ten adapters were trained on, batches of repeats included.
+PAIRS = 600 * 8 + (150 * 8 + 80 * 6 + 110 * 8 + 220 * 8)
+
+
+def samples(domain: str, split: Split, most: int) -> list[Sample]:
+    """Some samples of a domain."""
+    return get_task(domain).samples(split)[:most]
+
+
+def write(file: Path, found: Iterable[Sample], *, named: bool = True) -> str:
+    """Questions as JSON lines, with their domains or without."""
+    lines = []
+    for sample in found:
+        # Graders take several answers, of which the first is the one to write.
+        row = {"prompt": sample.text, "answer": sample.answer.partition("|")[0]}
+        lines.append(row | {"domain": sample.category} if named else row)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(file)
+
+
+def multitask(domains: Sequence[str], base: str, work: Path) -> Path:
+    """An adapter of all domains, trained on as many pairs as those of each together."""
+    rng = random.Random(0)
+    parts = [rng.sample(get_task(name).samples("adapter"), 600) for name in domains]
+    mixed = [sample for part in parts for sample in part]
+    rng.shuffle(mixed)
+    data = Path(write(work / "multitask.jsonl", mixed, named=False))
+    lessons = AdapterTrainingConfig(
+        data=data, base=base, steps=PAIRS // 16, batch_size=16, rank=8, alpha=16,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    train_adapter(lessons, work / "multitask")
+    return work / "multitask"
+
+
+def run(*command: str) -> None:
+    """A command of ``collegium library``."""
+    library_command.main([*command, "--library", str(LIBRARY)], standalone_mode=False)
+
+
+def main() -> None:
+    """Make what is missing, then measure what is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="where what is made is kept")
+    parser.add_argument("--out", type=Path, required=True, help="write OUT.md, OUT.json, OUT.svg")
+    parser.add_argument("--method", nargs="+", default=[], help="only these")
+    parser.add_argument("--prepare", action="store_true", help="only make what is missing")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    library = Library(LIBRARY)
+    domains = [*library.experts]
+    (base,) = library.bases()
+
+    asked = [s for name in (*domains, *OUTSIDE) for s in samples(name, "test", QUESTIONS)]
+    shown = [s for name in (*domains, *OUTSIDE) for s in samples(name, "validation", EXAMPLES)]
+    command = [
+        "evaluate", "--questions", write(work / "questions.jsonl", asked),
+        "--examples", write(work / "examples.jsonl", shown), "--out", str(arguments.out),
+    ]  # fmt: skip
+    if not (work / "table").exists():
+        general = write(
+            work / "general.jsonl", samples("general", "train", SAMPLES), named=False
+        )  # fmt: skip
+        run("table", "--limit", str(SAMPLES), "--general", general, "--out", str(work / "table"))
+    command += ["--table", str(work / "table")]
+    for method in GATES:
+        run("gates", "--method", method, "--out", str(work / "gates" / method))
+        command += ["--gates", f"{method}={work / 'gates' / method}"]
+    for name, merging in MERGES.items():
+        if not (work / name).exists():
+            run("merge", "--method", merging, "--out", str(work / name))
+        command += ["--reference", f"{name}={work / name}"]
+    command += ["--reference", f"multitask={multitask(domains, base, work)}"]
+    if not arguments.prepare:
+        run(*command, *(part for name in arguments.method for part in ("--method", name)))
+
+
+if __name__ == "__main__":
+    main()
