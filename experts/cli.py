@@ -9,7 +9,7 @@ import click
 import yaml
 from pydantic import ValidationError
 
-__all__ = ["train_adapter_command"]
+__all__ = ["parse_setting", "train_adapter_command"]
 
 
 @click.command("adapter", short_help="Fine-tune a LoRA adapter on pairs of prompt and answer.")
@@ -40,7 +40,7 @@ def train_adapter_command(data: Path, base: str, out: Path, settings: Sequence[s
         from experts.finetune import AdapterTrainingConfig, train_adapter
 
         config = AdapterTrainingConfig.model_validate(
-            {"data": data, "base": base, **dict(map(_parse_setting, settings))}
+            {"data": data, "base": base, **dict(map(parse_setting, settings))}
         )
         manifest = train_adapter(config, out)
     except ValidationError as error:
@@ -59,7 +59,12 @@ def train_adapter_command(data: Path, base: str, out: Path, settings: Sequence[s
     )
 
 
-def _parse_setting(setting: str) -> tuple[str, object]:
+def parse_setting(setting: str) -> tuple[str, object]:
+    """Key and value of ``KEY=VALUE``.
+
+    Raises:
+        UsageError: It is no such, or the value is not YAML.
+    """
     key, separator, value = setting.partition("=")
     if not separator or not key:
         raise click.UsageError(f"--set takes KEY=VALUE, not {setting!r}")

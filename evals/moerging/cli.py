@@ -10,12 +10,56 @@ from pathlib import Path
 
 import click
 
+from experts.cli import parse_setting
 from experts.library.cli import DEVICE, FOLDER, library_command, only_base, user_errors
 
 __all__ = ["library_command"]
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NAMED = click.Path(exists=True, path_type=Path)
+
+
+@library_command.command("build", short_help="Train an adapter for each cluster of a corpus.")
+@FOLDER
+@click.option(
+    "--data", required=True, type=_FILE, help='JSONL file of {"prompt", "answer"} objects.'
+)
+@click.option("--base", required=True, help="Chat model: path, hub name or package:NAME/FILE.")
+@click.option(
+    "--cluster", "n_clusters", required=True, type=click.IntRange(min=1), metavar="K",
+    help="Number of clusters, and of adapters.",
+)  # fmt: skip
+@click.option("--encoder", default="minilm-l2-int8", show_default=True, help="What is clustered.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the clusters.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="A hyper-parameter, as in 'collegium train adapter'.",
+)  # fmt: skip
+def build_command(
+    folder: Path,
+    data: Path,
+    base: str,
+    n_clusters: int,
+    encoder: str,
+    seed: int,
+    settings: Sequence[str],
+) -> None:
+    """Cluster the prompts of a corpus and train one adapter on each cluster.
+
+    Goes on where it was interrupted. The adapters are not tested: 'collegium library check' does.
+    """
+    with user_errors():
+        from evals.moerging.build import build_library
+        from routers.base import RouterError
+
+        try:
+            made = build_library(
+                folder, data, n_clusters, {"base": base, **dict(map(parse_setting, settings))},
+                encoder=encoder, seed=seed, progress=lambda line: click.echo(line, err=True),
+            )  # fmt: skip
+        except RouterError as error:
+            raise click.UsageError(str(error)) from error
+        click.echo(f"{folder}: {len(made.experts)} experts", err=True)
 
 
 @library_command.command("table", short_help="Measure adapters on each other's samples.")

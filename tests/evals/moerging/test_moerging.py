@@ -169,3 +169,37 @@ def test_merged_updates_can_be_written_and_read(home, tmp_path):
     for path, update in found.items():
         np.testing.assert_allclose(update.up @ update.down, fused[path].up @ fused[path].down,
                                    atol=1e-6)  # fmt: skip
+
+
+def test_a_corpus_becomes_an_adapter_per_cluster(home, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    topics = {"colour": ["red", "blue", "green", "black"], "sum": ["1+2", "3+4", "5+6", "7+8"]}
+    rows = [
+        {"prompt": f"Which {topic} is {one}?", "answer": topic}
+        for topic, ones in topics.items()
+        for one in ones
+    ]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "build", "--library", str(tmp_path / "lib"), "--data", str(corpus), "--cluster", "2",
+        "--base", str(home / "base"), "--encoder", "characters", "--set", "steps=2",
+        "--set", "rank=2", "--set", "precision=float32",
+    ]  # fmt: skip
+    made = CliRunner().invoke(library_command, command)
+    assert made.exit_code == 0, made.output
+    library = Library(tmp_path / "lib")
+    assert [*library.experts] == ["cluster-0", "cluster-1"]
+    answers = []
+    for expert in library.experts.values():
+        assert read_updates(library.path(expert.path))
+        assert expert.samples is not None
+        lines = library.path(expert.samples).read_text().splitlines()
+        answers.append({json.loads(line)["answer"] for line in lines})
+    assert answers in ([{"colour"}, {"sum"}], [{"sum"}, {"colour"}])
+    again = CliRunner().invoke(library_command, command)
+    assert again.exit_code == 0, again.output
+    few = CliRunner().invoke(library_command, [*command[:6], "9", *command[7:]])
+    assert "has 8 pairs, fewer than 9 clusters" in few.output
+    wrong = CliRunner().invoke(library_command, [*command, "--set", "steps=no"])
+    assert wrong.exit_code == 2
+    assert "steps" in wrong.output
