@@ -25,6 +25,7 @@ ROUTERS: dict[str, str] = {
     "best_single": "routers.baselines:BestSingleRouter",
     "blend": "routers.blend:BlendRouter",
     "c3po": "routers.c3po:C3PORouter",
+    "centroids": "routers.centroids:CentroidsRouter",
     "coe": "routers.coe:CoERouter",
     "contrastive": "routers.contrastive:ContrastiveRouter",
     "irt": "routers.irt:IRTRouter",

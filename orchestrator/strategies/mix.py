@@ -28,12 +28,10 @@ class MixStrategy(Strategy):
     its update: where the base is predicted to be best it answers as it is.
 
     References:
-        LoraRetriever (arXiv:2402.09997): ``weights: uniform`` with the router ``pilots``, whose
-        mixture adds up outputs and whose fusion adds up parameters. AdapterSoup (arXiv:2302.07027):
-        the same by parameters; here for each query, there for a task. TTMM (arXiv:2505.14136):
-        ``weights: quality`` with a ``top_k`` of 50; departs from it in temperatures that calibrated
-        qualities bring with them, and in the base's predicted quality as the bar for "nothing
-        relevant".
+        With the router ``centroids``: LoraRetriever (arXiv:2402.09997) is ``weights: uniform``, its
+        mixture adds up outputs and its fusion parameters; TTMM (arXiv:2505.14136) is ``weights:
+        quality`` with a ``top_k`` of 50. AdapterSoup (arXiv:2302.07027) is the fusion, chosen for a
+        task there and for each query here.
     """
 
     type: Literal["mix"]

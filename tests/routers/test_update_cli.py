@@ -182,7 +182,7 @@ def test_fitting_again_forgets_updates(ridge, table, tmp_path):
         (["KMEANS", "--table", "TABLE", "--rows"], "'kmeans' cannot learn from more rows; train it "
          "again, or train one that can: 'ridge'"),
         (["COE", "--table", "TABLE"], "'coe' cannot take new models; train it again, or train one "
-         "that can: 'kmeans', 'nexus', 'ridge', 'uniroute'"),
+         "that can: 'centroids', 'kmeans', 'nexus', 'ridge', 'uniroute'"),
         (["BEST", "--remove-model", "cook"], "'best_single' cannot forget models"),
         (["/nowhere", "--table", "TABLE"], "does not exist"),
         (["TABLE", "--table", "TABLE"], "no artefact at"),
