@@ -4,8 +4,9 @@
 
 Ten domains have an adapter, ``general``, ``roman`` and ``yaml`` have none. Questions are of the
 tasks' test splits; routers, gates and examples learn from the train and validation splits. As
-baselines that papers omit, an adapter is trained on all domains together with as many pairs as the
-ten were; TIES and DARE merge the ten. What was made lies in ``--work`` and is not made again.
+baselines that papers omit, an adapter and a mixture of experts are trained on all domains together,
+with as many pairs as the ten were; TIES and DARE merge the ten. What was made lies in ``--work``
+and is not made again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from evals.moerging.cli import library_command
 from evals.tasks import Sample, Split, get_task
 from experts.finetune import AdapterTrainingConfig, train_adapter
 from experts.library.manifest import Library
+from experts.library.multitask import train_mixture
 
 LIBRARY = Path(__file__).parent.parent / "experts" / "embedded" / "library"
 OUTSIDE = ("general", "roman", "yaml")
@@ -46,8 +48,8 @@ def write(file: Path, found: Iterable[Sample], *, named: bool = True) -> str:
     return str(file)
 
 
-def multitask(domains: Sequence[str], base: str, work: Path) -> Path:
-    """An adapter of all domains, trained on as many pairs as those of each together."""
+def multitask(domains: Sequence[str], base: str, work: Path) -> None:
+    """An adapter and a mixture of all domains, trained on as many pairs as the ten together."""
     rng = random.Random(0)
     parts = [rng.sample(get_task(name).samples("adapter"), 600) for name in domains]
     mixed = [sample for part in parts for sample in part]
@@ -58,7 +60,9 @@ def multitask(domains: Sequence[str], base: str, work: Path) -> Path:
         learning_rate=1e-3,
     )  # fmt: skip
     train_adapter(lessons, work / "multitask")
-    return work / "multitask"
+    # As many parameters as the ten together, and as many go into each token as one of them has.
+    small = lessons.model_copy(update={"rank": 4, "alpha": 4.0})
+    train_mixture(small, len(domains), 2, work / "mixture")
 
 
 def run(*command: str) -> None:
@@ -99,7 +103,9 @@ def main() -> None:
         if not (work / name).exists():
             run("merge", "--method", merging, "--out", str(work / name))
         command += ["--reference", f"{name}={work / name}"]
-    command += ["--reference", f"multitask={multitask(domains, base, work)}"]
+    multitask(domains, base, work)
+    command += ["--reference", f"multitask={work / 'multitask'}"]
+    command += ["--mixture", f"multitask={work / 'mixture'}"]
     if not arguments.prepare:
         run(*command, *(part for name in arguments.method for part in ("--method", name)))
 

@@ -145,6 +145,10 @@ def table_command(
     help="An adapter to compare with: multitask, ties, dare; may be given several times.",
 )  # fmt: skip
 @click.option(
+    "--mixture", "mixtures", multiple=True, metavar="NAME=FOLDER",
+    help="A mixture trained on all domains together to compare with: multitask.",
+)  # fmt: skip
+@click.option(
     "--method", "names", multiple=True,
     help="Only this method; may be given several times.  [default: all that can be run]",
 )  # fmt: skip
@@ -162,6 +166,7 @@ def evaluate_command(
     table_path: Path | None,
     gates: Sequence[str],
     references: Sequence[str],
+    mixtures: Sequence[str],
     names: Sequence[str],
     seeds: int,
     out: Path,
@@ -194,6 +199,7 @@ def evaluate_command(
             table=OutcomeTable.load(table_path) if table_path else None,
             gates=dict(_named(one, "--gates") for one in gates),
             references=dict(_named(one, "--reference") for one in references),
+            mixtures=dict(_named(one, "--mixture") for one in mixtures),
             device=device,
         )
         chosen = methods(setting, list(names) or None)

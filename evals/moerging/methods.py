@@ -161,6 +161,8 @@ METHODS: dict[str, Method] = {
         Method("DARE", _UNTRAINED, _reference("dare"), "references/dare"),
         Method("multitask", Taxonomy(training="custom", data="shared", granularity="task"),
                _reference("multitask"), "references/multitask"),
+        Method("multitask MoE", replace(_PER_TOKEN, training="custom", data="shared",
+               routing_data="expert"), _token_router("multitask"), "mixtures/multitask"),
         Method("LoraRetriever selection", _PER_QUERY, _routed("centroids"), "table"),
         Method("pilots", _PER_QUERY, _routed("pilots"), "table"),
         Method("ridge", _PER_QUERY, _routed("ridge"), "table"),

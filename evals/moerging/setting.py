@@ -78,6 +78,7 @@ class Setting:
         examples: A few solved questions of each domain, for methods that ask for them.
         table: Outcomes of base and adapters on samples of the domains, for methods with a router.
         gates: Folders of ``collegium library gates``, by method.
+        mixtures: Folders of mixtures of experts that were trained together, by name.
         references: Folders of further adapters to compare with, by name, such as one that was
             trained on all domains.
         device: A torch device.
@@ -90,19 +91,22 @@ class Setting:
     table: OutcomeTable | None = None
     gates: Mapping[str, Path] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
+    mixtures: Mapping[str, Path] = field(default_factory=dict)
     device: str = "cpu"
 
     def has(self, what: str) -> bool:
-        """Whether there is something: ``table``, ``examples``, ``gates/NAME``, ``references/NAME``.
+        """Whether there is something: a table, or examples of all domains, or a named thing.
 
-        Examples must be there of all domains.
+        Args:
+            what: ``table``, ``examples``, ``gates/NAME``, ``references/NAME``, ``mixtures/NAME``.
         """
         kind, _, name = what.partition("/")
         if kind == "table":
             return self.table is not None
         if kind == "examples":
             return self.by_domain.keys() <= self.examples.keys()
-        return name in (self.gates if kind == "gates" else self.references)
+        named = {"gates": self.gates, "references": self.references, "mixtures": self.mixtures}
+        return name in named[kind]
 
     @cached_property
     def adapters(self) -> dict[str, Path]:
@@ -127,8 +131,17 @@ class Setting:
                 TokenRouterConfig(name=method, gates=str(folder), adapters=names)
                 for method, folder in self.gates.items()
             ),
+            *(
+                TokenRouterConfig(name=name, gates=str(folder / "gates"))
+                for name, folder in self.mixtures.items()
+            ),
         ]
-        hosted = {**self.adapters, **self.references}
+        trained = {
+            adapter.name: adapter
+            for folder in self.mixtures.values()
+            for adapter in sorted((folder / "adapters").iterdir())
+        }
+        hosted = {**self.adapters, **self.references, **trained}
         return Examiner(self.base, hosted, device=self.device, token_routers=routers)
 
     @cached_property

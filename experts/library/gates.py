@@ -26,7 +26,15 @@ from experts.library.manifest import Library, LibraryExpert
 from experts.lora import AdapterSlots, AdapterUse
 from experts.token_routing import GATES, GATES_MANIFEST, Gate, GatesManifest, read_gates
 
-__all__ = ["METHODS", "make_gates", "mean_inputs", "ridge_gates", "solve_ridge", "trained_vectors"]
+__all__ = [
+    "METHODS",
+    "make_gates",
+    "mean_inputs",
+    "ridge_gates",
+    "solve_ridge",
+    "trained_vectors",
+    "write_gates",
+]
 
 METHODS = ("phatgoose", "average", "ridge")
 # Of the papers: two adapters per token for vectors, one for ridge gates.
@@ -83,9 +91,9 @@ def make_gates(
             made[name] = make(examiner, name, pairs)
             known = [name for name in chosen if name in made]
             tensors = _stacked([made[name] for name in known])
-            _write(out, method, base, {name: hashes[name] for name in known}, tensors)
+            write_gates(out, method, base, {name: hashes[name] for name in known}, tensors)
         tensors = _stacked([made[name] for name in chosen])
-    _write(out, method, base, hashes, tensors)
+    write_gates(out, method, base, hashes, tensors)
 
 
 def mean_inputs(
@@ -298,18 +306,33 @@ def _made_before(
     }
 
 
-def _write(
-    out: Path, learnt_by: str, base: str, adapters: Mapping[str, str],
+def write_gates(
+    out: Path,
+    learnt_by: str,
+    base: str,
+    adapters: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor],
-) -> None:  # fmt: skip
+    *,
+    top_k: int | None = None,
+) -> None:
+    """Write a folder of gates.
+
+    Args:
+        out: The folder.
+        learnt_by: How they were learnt.
+        base: The adapters' base model.
+        adapters: Name and hash of the weights of each adapter, in the order of the rows.
+        tensors: As in ``experts.token_routing.TokenRouter``.
+        top_k: Adapters that a token goes through; none takes the method's own.
+    """
     from safetensors.torch import save_file
 
     manifest = GatesManifest(
         learnt_by=learnt_by,
-        method="affine" if learnt_by == "ridge" else "vectors",
+        method="vectors" if learnt_by in ("phatgoose", "average") else "affine",
         base=base,
         adapters=dict(adapters),
-        top_k=TOP_K[learnt_by],
+        top_k=top_k or TOP_K[learnt_by],
         temperature=1.0,
     )
 

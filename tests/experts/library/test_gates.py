@@ -18,6 +18,7 @@ from experts.library.cli import library_command  # noqa: E402
 from experts.library.examiner import Examiner  # noqa: E402
 from experts.library.gates import mean_inputs, ridge_gates, trained_vectors  # noqa: E402
 from experts.library.manifest import Library, LibraryExpert  # noqa: E402
+from experts.lora import AdapterUse  # noqa: E402
 from experts.token_routing import read_gates, read_token_router  # noqa: E402
 
 SAMPLES = {
@@ -131,3 +132,28 @@ def test_gates_are_made_kept_and_taken_for_an_expert(library, home, tmp_path):
         read_token_router(TokenRouterConfig(name="r", gates=str(out)), swapped)
     with pytest.raises(ExpertConfigError, match="holds no gates"):
         read_token_router(TokenRouterConfig(name="r", gates=str(tmp_path)), folders)
+
+
+def test_a_mixture_is_trained_together_and_hosted_as_adapters_and_gates(home, tmp_path):
+    from experts.finetune_config import AdapterTrainingConfig
+    from experts.library.multitask import train_mixture
+
+    data = tmp_path / "all.jsonl"
+    rows = [{"prompt": p, "answer": a} for pairs in SAMPLES.values() for p, a in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = AdapterTrainingConfig(
+        data=data, base=str(home / "base"), steps=30, batch_size=4, rank=2, learning_rate=3e-2,
+        precision="float32", target_modules=("q_proj", "up_proj"),
+    )  # fmt: skip
+    train_mixture(config, 3, 2, tmp_path / "made")
+    adapters = {f"mixture-{n}": tmp_path / "made" / "adapters" / f"mixture-{n}" for n in range(3)}
+    router = TokenRouterConfig(name="moe", gates=str(tmp_path / "made" / "gates"))
+    examiner = Examiner(str(home / "base"), adapters, dtype="float32", token_routers=[router])
+    pairs = [pair for name in SAMPLES for pair in _pairs(examiner, name)]
+    alone, together = (
+        examiner.losses(pairs, use).sum() for use in (None, AdapterUse(router="moe"))
+    )
+    assert together < 0.7 * alone
+    before = (tmp_path / "made" / "gates" / "gates.safetensors").stat().st_mtime_ns
+    train_mixture(config, 3, 2, tmp_path / "made")
+    assert (tmp_path / "made" / "gates" / "gates.safetensors").stat().st_mtime_ns == before
