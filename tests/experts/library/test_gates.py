@@ -153,7 +153,7 @@ def test_a_mixture_is_trained_together_and_hosted_as_adapters_and_gates(home, tm
     alone, together = (
         examiner.losses(pairs, use).sum() for use in (None, AdapterUse(router="moe"))
     )
-    assert together < 0.7 * alone
+    assert together < 0.8 * alone
     before = (tmp_path / "made" / "gates" / "gates.safetensors").stat().st_mtime_ns
     train_mixture(config, 3, 2, tmp_path / "made")
     assert (tmp_path / "made" / "gates" / "gates.safetensors").stat().st_mtime_ns == before
