@@ -25,6 +25,9 @@ from experts.token_routing import TokenRouter
 
 __all__ = ["NO_ADAPTER", "Adapter", "AdapterSlots", "AdapterUse"]
 
+MADE = 8
+"""Adapters made of several that are kept beside all others, where memory is not bounded."""
+
 Fusion = tuple[tuple[str, float], ...]
 """Names of adapters with their weights."""
 
@@ -111,6 +114,11 @@ class _AdaptedLinear(nn.Module):
             self.down[slot, :, :rank] = update.down.T
             self.up[slot, :rank] = update.up.T
 
+    def grow(self) -> None:
+        """Add a slot."""
+        self.down = torch.cat([self.down, torch.zeros_like(self.down[:1])])
+        self.up = torch.cat([self.up, torch.zeros_like(self.up[:1])])
+
     def add_gate(self, router: str, gate: nn.Module, slots: Sequence[int]) -> None:
         """Have a router share out the adapters of some slots here."""
         device = self.base.weight.device
@@ -151,7 +159,8 @@ class AdapterSlots:
     Args:
         model: A transformers model.
         folders: Name and PEFT folder of each adapter.
-        n_slots: Adapters in memory at the same time; none for all, which are then read now.
+        n_slots: Adapters in memory at the same time; none for all, which are then read now, and
+            for some that are made of several, which have places once there are any.
         routers: Share out adapters token by token. Theirs stay in memory.
 
     Attributes:
@@ -171,7 +180,8 @@ class AdapterSlots:
         routers: Mapping[str, TokenRouter] | None = None,
     ) -> None:
         self._folders = dict(folders)
-        self._n_slots = len(folders) if n_slots is None else min(n_slots, len(folders))
+        self._n_slots = len(folders) + MADE if n_slots is None else n_slots
+        self._n_there = min(self._n_slots, len(folders))
         self._pass = _Pass()
         self._device: torch.device = model.device
         ranks: dict[str, int] = {}
@@ -183,15 +193,16 @@ class AdapterSlots:
         for path, base in list(model.named_modules()):
             if path in ranks:
                 parent, _, child = path.rpartition(".")
-                layer = _AdaptedLinear(base, self._n_slots, ranks[path], self._pass)
+                layer = _AdaptedLinear(base, self._n_there, ranks[path], self._pass)
                 setattr(model.get_submodule(parent), child, layer)
                 self.layers[path] = layer
         # What lies in a slot, least recently used first.
         self._held: OrderedDict[Fusion, int] = OrderedDict()
         self._users: Counter[Fusion] = Counter()
         self._fixed: set[Fusion] = set()
-        self._read = lru_cache(maxsize=max(1, self._n_slots))(self._load)
-        if self._n_slots == len(folders):
+        # Several requests may ask for one before the first has brought it into memory.
+        self._read = lru_cache(maxsize=4)(self._load)
+        if self._n_slots >= len(folders):
             for name in folders:
                 self._hold(self.adapter(name))
             self._read.cache_clear()
@@ -239,7 +250,10 @@ class AdapterSlots:
         return sum(1 for key in wanted if key not in self._held) <= free
 
     def acquire(self, use: AdapterUse) -> None:
-        """Bring a row's adapters into memory, where they stay until it releases them."""
+        """Bring a row's adapters into memory, where they stay until it releases them.
+
+        If an adapter has to be read and cannot be, all rows' adapters must be released.
+        """
         # Those that are there first, so that none makes room for another.
         for adapter, _ in use.shares:
             self._users[adapter.key] += 1
@@ -250,6 +264,10 @@ class AdapterSlots:
         """Let go of a row's adapters."""
         for adapter, _ in use.shares:
             self._users[adapter.key] -= 1
+
+    def release_all(self) -> None:
+        """Let go of all rows' adapters."""
+        self._users = Counter(self._fixed)
 
     def set_rows(self, uses: Sequence[AdapterUse]) -> None:
         """Say which adapters the rows of the next forward pass use; all are acquired."""
@@ -263,7 +281,7 @@ class AdapterSlots:
             now.indices = torch.tensor(indices, device=device)
         if all(use.whole for use in uses):
             return
-        shares = torch.zeros((len(uses), self._n_slots))
+        shares = torch.zeros((len(uses), self._n_there))
         for row, use in enumerate(uses):
             if not use.whole:
                 for adapter, share in use.shares:
@@ -298,10 +316,11 @@ class AdapterSlots:
             )
         use = AdapterUse(tuple((self.adapter(adapter), 1.0) for adapter in adapters))
         self._fixed |= {adapter.key for adapter, _ in use.shares}
-        if len(self._fixed) > self._n_slots:
+        others = len(self._fixed) < len(self._folders)
+        if len(self._fixed) + others > self._n_slots:
             raise ExpertConfigError(
-                f"token routers share out {len(self._fixed)} adapters, which stay in memory, and "
-                f"that has room for {self._n_slots}: raise max_loaded_adapters"
+                f"token routers share out {len(self._fixed)} adapters, which stay in memory; that "
+                f"has room for {self._n_slots}, others included: raise max_loaded_adapters"
             )
         self.acquire(use)
         updates = [self._load(adapter.key) for adapter, _ in use.shares]
@@ -316,6 +335,10 @@ class AdapterSlots:
         if key not in self._held:
             if len(self._held) < self._n_slots:
                 slot = len(self._held) + 1
+                if slot > self._n_there:
+                    for layer in self.layers.values():
+                        layer.grow()
+                    self._n_there = slot
             else:
                 unused = next((key for key in self._held if not self._users[key]), None)
                 if unused is None:

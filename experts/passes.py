@@ -193,8 +193,7 @@ class ModelPasses:
 
     def reset(self) -> None:
         """Forget all rows."""
-        for row in self._lane.rows:
-            self._adapters.release(row.prompt.adapters)
+        self._adapters.release_all()
         self._lane.reset()
 
     def read(self, row: Row, budget: int) -> tuple[int, Logits | None]:

@@ -156,7 +156,7 @@ def test_adapters_that_do_not_fit_the_model_are_refused_when_it_opens(folders, t
     with pytest.raises(ExpertConfigError, match="holds no adapter_config"):
         AdapterSlots(_model(), {**folders, "gone": tmp_path}, n_slots=1)
     router = TokenRouter("arrow", NAMES, 2)
-    with pytest.raises(ExpertConfigError, match="room for 4: raise max_loaded_adapters"):
+    with pytest.raises(ExpertConfigError, match="room for 4, others included"):
         AdapterSlots(_model(), folders, n_slots=4, routers={"arrow": router})
     with pytest.raises(ExpertConfigError, match="shares out 'x', which the model has not"):
         AdapterSlots(_model(), folders, routers={"arrow": TokenRouter("arrow", ("x",), 1)})
@@ -196,6 +196,27 @@ def test_routers_adapters_stay_in_memory(opened):
     with pytest.raises(InvalidRequestError, match="room for 1 "):
         slots.check(_mixed(slots, d=0.5, e=0.5))
     slots.check(_mixed(slots, a=0.5, b=0.5, d=0.5))
+
+
+def test_merges_have_places_beside_adapters_that_stay(opened):
+    """Without a bound no adapter has to go for them; with one, there must be room for others."""
+    model, slots = opened(routers={"arrow": TokenRouter("arrow", NAMES, 1)})
+    expected = _logits(model, slots, [AdapterUse(router="arrow")])
+    merges = [{"a": 0.1 * n, "b": 0.5} for n in range(1, 13)]
+    uses = [AdapterUse(((slots.fused(weights), 1.0),)) for weights in merges]
+    alone = [_logits(model, slots, [use]) for use in uses]
+    assert torch.equal(_logits(model, slots, [uses[0]]), alone[0])
+    assert torch.equal(_logits(model, slots, [AdapterUse(router="arrow")]), expected)
+    with pytest.raises(ExpertConfigError, match="room for 2, others included"):
+        opened(n_slots=2, routers={"arrow": TokenRouter("arrow", ("a", "b"), 1)})
+
+
+def test_after_a_failure_no_adapter_stays_in_use(opened):
+    _, slots = opened(n_slots=3, routers={"arrow": TokenRouter("arrow", ("a", "b"), 1)})
+    slots.acquire(_mixed(slots, c=1.0))
+    slots.release_all()
+    assert slots.fits(_mixed(slots, d=1.0))
+    assert not slots.fits(_mixed(slots, d=0.5, e=0.5))
 
 
 @pytest.mark.slow
