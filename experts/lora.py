@@ -226,7 +226,7 @@ class AdapterSlots:
         Raises:
             ExpertConfigError: The files of one cannot be read.
         """
-        key = tuple(weights.items())
+        key = tuple(sorted(weights.items()))
         return Adapter(key, None if key in self._held else self._read(key))
 
     def check(self, use: AdapterUse) -> None:

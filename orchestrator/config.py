@@ -32,7 +32,7 @@ from experts.config import (
 )
 from experts.errors import ExpertConfigError
 from experts.library.manifest import Library
-from experts.paths import resolve_path
+from experts.paths import PACKAGE_PREFIX, resolve_path
 from experts.types import ExpertCard
 from orchestrator.learning.config import ExperimentConfig, LearningConfig, ShadowConfig
 from orchestrator.memory.cache import CacheConfig
@@ -539,7 +539,11 @@ def _with_library(entry: Any, base: Path) -> Any:
     if not isinstance(entry, dict) or not isinstance(entry.get("library"), str):
         return entry
     model, listed = entry.get("model"), entry.get("adapters") or []
-    library = Library(base / Path(entry["library"]).expanduser())
+    reference: str = entry["library"]
+    if reference.startswith(PACKAGE_PREFIX):
+        library = Library(resolve_path(reference))
+    else:
+        library = Library(base / Path(reference).expanduser())
     found = [expert for expert in library.of(str(model)) if expert.kind == "adapter"]
     if not found:
         raise ExpertConfigError(

@@ -181,7 +181,7 @@ def evaluate_command(
         from tqdm import tqdm
 
         from evals.moerging.measure import Measured, measure
-        from evals.moerging.methods import methods
+        from evals.moerging.methods import bases_own, methods
         from evals.moerging.report import as_json, as_markdown, picture
         from evals.moerging.setting import Question, Setting, read_questions
         from experts.library.manifest import Library
@@ -222,7 +222,8 @@ def evaluate_command(
         if not made["base"]:
             raise click.UsageError("--method base: others are compared with it; measure it first")
         kept = {name: rows for name, rows in made.items() if rows}
-        lines = as_json(kept, setting.questions, [*setting.adapters])
+        leaves = bases_own(setting) if setting.table is not None else None
+        lines = as_json(kept, setting.questions, [*setting.adapters], leaves)
         about = (
             f"{len(setting.adapters)} adapters of `{setting.base}`, {len(setting.questions)} "
             f"questions of {len(setting.by_domain)} domains. Loss per answer token, in nats, and "

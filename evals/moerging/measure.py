@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from evals.metrics import Estimate, bootstrap_mean
 from evals.moerging.methods import Method
 from evals.moerging.setting import Setting
 
-__all__ = ["Measured", "Summary", "measure", "summarise"]
+__all__ = ["Measured", "Summary", "measure", "summarise", "with_exit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,19 @@ def measure(
             on_question()
     each = 1000 / len(setting.pairs)
     return Measured(method.name, seed, losses, tokens, exact, choosing * each, reading * each)
+
+
+def with_exit(made: Measured, base: Measured, leaves: Sequence[bool]) -> Measured:
+    """What a method makes of the questions if the base answers some of them.
+
+    Args:
+        made: By the method alone.
+        base: By the base.
+        leaves: Which questions the base answers, shape (n_questions,).
+    """
+    pick = zip(leaves, made.losses, base.losses, made.exact, base.exact, strict=True)
+    rows = [(b, y) if leaves else (a, x) for leaves, a, b, x, y in pick]
+    return replace(made, losses=[loss for loss, _ in rows], exact=[exact for _, exact in rows])
 
 
 @dataclass(frozen=True, slots=True)

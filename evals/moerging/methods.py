@@ -17,8 +17,9 @@ from experts.lora import NO_ADAPTER, AdapterUse
 from orchestrator.decision import Candidate, Decision
 from orchestrator.strategies.mix import MixStrategy
 from routers.base import Query, TrainableRouter
+from routers.centroids import CentroidsRouter
 
-__all__ = ["METHODS", "Chooser", "Method", "methods"]
+__all__ = ["METHODS", "Chooser", "Method", "bases_own", "methods"]
 
 Chooser = Callable[[int], AdapterUse]
 """From a question's position to how adapters are used for it."""
@@ -129,6 +130,15 @@ def _routed(
         return choose
 
     return prepare
+
+
+def bases_own(setting: Setting) -> list[bool]:
+    """Which questions the router ``centroids`` leaves to the base: near no adapter's samples."""
+    assert setting.table is not None
+    names = [BASE, *setting.adapters]
+    fitted = CentroidsRouter().fit(setting.table)
+    asked = [Query(question.prompt) for question in setting.questions]
+    return [bool(row.argmax() == 0) for row in fitted.predict(asked, names).quality]
 
 
 def _mixed(setting: Setting, shares: Mapping[str, float], merging: str) -> Chooser:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.moerging.measure import Measured, Summary, summarise
+from evals.moerging.measure import Measured, Summary, summarise, with_exit
 from evals.moerging.methods import METHODS
 from evals.moerging.setting import Question
 from evals.moerging.taxonomy import AXES
@@ -21,7 +21,10 @@ COLOURS = {"none": "#7f7f7f", "task": "#e69f00", "example": "#0072b2", "step": "
 
 
 def as_json(
-    made: Mapping[str, Sequence[Measured]], questions: Sequence[Question], domains: Sequence[str]
+    made: Mapping[str, Sequence[Measured]],
+    questions: Sequence[Question],
+    domains: Sequence[str],
+    leaves: Sequence[bool] | None = None,
 ) -> list[dict[str, Any]]:
     """A line per method, in the order of the registry.
 
@@ -29,6 +32,8 @@ def as_json(
         made: Measurements of each method, ``base`` among them.
         questions: Those that were asked.
         domains: The domains that have an adapter.
+        leaves: Which questions are the base's where methods have an exit, shape (n_questions,);
+            none if nobody says.
     """
     inside = np.array([question.domain in domains for question in questions])
     alone = made[ALONE][0]
@@ -52,6 +57,10 @@ def as_json(
                 there = oracle if where == "in_domain" else None
                 found = summarise(rows, alone, there, np.flatnonzero(chosen))
                 line[where] = _plain(found)
+                if leaves is not None:
+                    left = [with_exit(row, alone, leaves) for row in rows]
+                    found = summarise(left, alone, there, np.flatnonzero(chosen))
+                    line[where]["with_exit"] = _plain(found)
         lines.append(line)
     return lines
 
@@ -67,13 +76,17 @@ def _plain(summary: Summary) -> dict[str, Any]:
 def as_markdown(lines: Sequence[Mapping[str, Any]], title: str, about: str) -> str:
     """Results and the taxonomy as two tables."""
     alone = next(line for line in lines if line["method"] == ALONE)
-    text = [f"# {title}", "", about, "", "## Results", ""]
-    head = "| method | " + " | ".join(
+    exits = any("with_exit" in line.get("out_of_domain", {}) for line in lines)
+    columns = [
         f"{what}, {where}"
         for where in ("in domain", "out of domain")
         for what in ("loss", "less the base's", "right")
-    )
-    text += [head + " | of the oracle's gain | ms to choose | ms to read |", "|---" * 10 + "|"]
+    ]
+    columns += ["of the oracle's gain"]
+    if exits:
+        columns += ["gain with exit", "out of domain less the base's, with exit"]
+    text = [f"# {title}", "", about, "", "## Results", ""]
+    text += _head(["method", *columns, "ms to choose", "time to read"])
     for line in lines:
         cells = [line["method"]]
         for where in ("in_domain", "out_of_domain"):
@@ -86,25 +99,31 @@ def as_markdown(lines: Sequence[Mapping[str, Any]], title: str, about: str) -> s
                     _with_interval(found["loss_less_base"]),
                     f"{found['exact']['mean']:.3f}",
                 ]
-        gain = line.get("in_domain", {}).get("gain")
+        inside, outside = (line.get(where, {}) for where in ("in_domain", "out_of_domain"))
+        cells.append(_share(inside))
+        if exits:
+            cells.append(_share(inside.get("with_exit", {})))
+            left = outside.get("with_exit")
+            cells.append("" if left is None else _with_interval(left["loss_less_base"]))
         cells += [
-            "" if gain is None else f"{gain:.1%}",
-            f"{line['choosing_ms']:.1f}",
-            f"{line['reading_ms'] / alone['reading_ms']:.2f} x",
-        ]
+            f"{line['choosing_ms']:.1f}", f"{line['reading_ms'] / alone['reading_ms']:.2f} x",
+        ]  # fmt: skip
         text.append(f"| {' | '.join(cells)} |")
-    text += [
-        "",
-        "## Taxonomy",
-        "",
-        f"| method | {' | '.join(AXES)} |",
-        "|---" * (len(AXES) + 1) + "|",
-    ]
+    text += ["", "## Taxonomy", "", *_head(["method", *AXES])]
     for line in lines:
         if line["taxonomy"] is not None:
             places = " | ".join(line["taxonomy"][axis] for axis in AXES)
             text.append(f"| {line['method']} | {places} |")
     return "\n".join(text) + "\n"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    gain = found.get("gain")
+    return "" if gain is None else f"{gain:.1%}"
 
 
 def _with_interval(found: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from experts.base import AnyRequest, Expert
-from experts.config import ExpertConfig, cards_of
+from experts.config import ExpertConfig, TransformersExpertConfig, cards_of
 from experts.types import Chunk
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.base import Strategy
@@ -46,11 +46,14 @@ class MixStrategy(Strategy):
     """Adapters with less are left out, and the others' shares made 1 again."""
     merging: Literal["outputs", "parameters"] = "outputs"
     """What is added up: what adapters do, or their matrices, which makes one adapter of them."""
+    token_router: str | None = None
+    """A token router of the base, which shares out adapters instead wherever one of them is
+    predicted to be better than the base."""
 
     @property
     def named_experts(self) -> tuple[str, ...]:
-        """The base."""
-        return (self.base,)
+        """The base, and its token router."""
+        return (self.base,) if self.token_router is None else (self.base, self.token_router)
 
     def run(
         self,
@@ -61,6 +64,8 @@ class MixStrategy(Strategy):
     ) -> AsyncGenerator[Chunk, None]:
         """Stream the base's answer."""
         shares = self.shares(decision)
+        if shares and self.token_router is not None:
+            return stream_one(self.token_router, request, experts, context)
         context.adapters = shares
         fields = {"adapters": shares, "adapter_merging": self.merging}
         return stream_one(self.base, request.model_copy(update=fields), experts, context)
@@ -90,6 +95,17 @@ class MixStrategy(Strategy):
             ValueError: One is not, or the base's engine does not mix.
         """
         entries = list(entries)
+        routers = {
+            one.name
+            for entry in entries
+            if isinstance(entry, TransformersExpertConfig) and entry.name == self.base
+            for one in entry.token_routers
+        }
+        if self.token_router is not None and self.token_router not in routers:
+            raise ValueError(
+                f"the strategy 'mix' of route {route!r} names {self.token_router!r}, which is no "
+                f"token router of {self.base!r}; it has {', '.join(map(repr, routers)) or 'none'}"
+            )
         own = {
             card.name
             for entry in entries

@@ -67,6 +67,16 @@ async def test_the_base_answers_alone_where_it_is_best_and_is_no_adapter_elsewhe
     assert [*(await fields_of(run_of("a", "base", "b")))["adapters"]] == ["a", "b"]
 
 
+async def test_a_token_router_may_share_out_what_is_not_the_bases():
+    for names, asked in ((("a", "base"), "arrow"), (("base", "a"), "base")):
+        strategy = MixStrategy(type="mix", base="base", token_router="arrow")
+        outside = [scripted(name) for name in ("arrow", "base") if name not in names]
+        run = Run(strategy, [scripted(name) for name in names], outside=outside)
+        assert (await run.answer()).text == asked
+        assert run.context.path == [asked]
+        assert run.context.adapters == ({} if asked == "base" else None)
+
+
 async def test_text_completions_are_mixed_too():
     strategy = MixStrategy(type="mix", base="base")
     run = Run(strategy, [scripted("a")], outside=[scripted("base")], prompt="hello")
@@ -118,6 +128,12 @@ def test_only_a_base_and_its_adapters_can_be_mixed():
     with pytest.raises(ConfigError, match="to be its adapters, which 'arrow' are not"):
         parse_config(content)
     route["experts"] = ["maths"]
+    route["strategy"]["token_router"] = "arrow"
+    parse_config(content)
+    route["strategy"]["token_router"] = "maths"
+    with pytest.raises(ConfigError, match="'maths', which is no token router of 'smol'; it has 'a"):
+        parse_config(content)
+    del route["strategy"]["token_router"]
     route["strategy"]["base"] = "maths"
     with pytest.raises(ConfigError, match="needs 'maths' to be a model"):
         parse_config(content)

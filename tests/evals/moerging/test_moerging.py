@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from evals.moerging.cli import library_command
-from evals.moerging.measure import Measured, measure, summarise
+from evals.moerging.measure import Measured, measure, summarise, with_exit
 from evals.moerging.methods import METHODS, methods
 from evals.moerging.setting import BASE, Question, Setting, read_questions
 from evals.moerging.table import library_table
@@ -109,6 +109,13 @@ def test_gains_are_shares_of_the_oracles():
     assert found.exact.mean == pytest.approx(0.75)
 
 
+def test_with_an_exit_the_base_answers_what_is_left_to_it():
+    made = Measured("m", 0, [1.0, 2.0], [2, 2], [1, 0], 0.0, 1.0)
+    base = Measured("base", 0, [5.0, 6.0], [2, 2], [0, 1], 0.0, 1.0)
+    left = with_exit(made, base, [False, True])
+    assert (left.losses, left.exact) == ([1.0, 6.0], [1, 1])
+
+
 def test_commands_measure_once_and_show_all(library, home, tmp_path):
     def run(*command: str) -> str:
         result = CliRunner().invoke(library_command, [*command, "--library", str(library.folder)])
@@ -146,6 +153,7 @@ def test_commands_measure_once_and_show_all(library, home, tmp_path):
     oracle = next(line for line in lines if line["method"] == "oracle adapter")
     assert oracle["in_domain"]["gain"] == pytest.approx(1)
     assert oracle["out_of_domain"]["loss_less_base"]["mean"] == pytest.approx(0)
+    assert oracle["in_domain"]["with_exit"]["gain"] <= 1
     assert (tmp_path / "page.svg").read_text().startswith("<svg")
     assert "| LoraHub | standard | private | target | task |" in text
 
