@@ -25,5 +25,5 @@ done
 
 # What each is for, by sixty of the questions that routers learn from.
 for name in dates docstrings extract html intents maths nato shell sql times; do
-  collegium tasks export "$name" --split train | head -60 >"experts/embedded/library/samples/$name.jsonl"
+  collegium tasks export "$name" --split train | awk 'NR <= 60' >"experts/embedded/library/samples/$name.jsonl"
 done

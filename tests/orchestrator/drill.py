@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fusion": {"progress_s": 0.05},
     "chain": {"depth": 3, "progress_s": 0.05},
     "best_of": {"judge": "ann"},
+    "mix": {"base": "cid"},
 }
 
 
