@@ -19,41 +19,47 @@ __all__ = ["CentroidsRouter"]
 
 
 class CentroidsRouter(GrowingRouter):
-    """Predicts by the cosine of a query with the mean vector of each model's own texts.
+    """Predicts by how near a query is to the mean vector of each model's own texts.
 
     A model's own texts are the prompts of the category that bears its name, whatever was scored on
     them; if no category bears a model's name, those of the categories in which it is best. A model
     without texts, a base among its adapters, counts as good as a coin, so it is best where no other
-    is as near as ``threshold``. Qualities are such that the softmax of
-    their log-odds is TTMM's: ``w_k ~ exp(-(1 - cos_k) / beta^2)``. What is known of one model
-    depends on no other, so one that joins or leaves changes nothing, and a rebuild gives the same.
+    is as near as ``threshold``. Nearness is the cosine of what sets query and texts apart from the
+    mean of all domains, since vectors of short texts all point nearly the same way. Qualities are
+    such that the softmax of their log-odds is TTMM's: ``w_k ~ exp(-(1 - cos_k) / beta^2)``. A model
+    that joins or leaves needs no training, and gives exactly what a rebuild does.
 
     Args:
         encoder: An encoder's name or an encoder.
         beta: How fast a model's quality falls with the cosine.
-        threshold: The cosine at which a model is as good as one without texts of its own.
+        threshold: The cosine at which a model is as good as one without texts of its own. Chosen on
+            ten domains, each left out in turn: at .35 .96 of queries reach their own model, and .80
+            of those whose domain was left out reach none.
 
     Attributes:
-        centroids_: Unit vectors, shape (n_models, width); zeros for a model without texts.
+        means_: Mean vectors of the models' own texts, shape (n_models, width); zeros for none.
+        others_: Mean vector of texts that are no model's, shape (width,); zeros for none.
 
     References:
         LoraRetriever (arXiv:2402.09997): mean embeddings of an adapter's samples. TTMM
-        (arXiv:2505.14136): the weights; departs from it in vectors of whole prompts instead of
-        their first fifty tokens, and in ``threshold`` for "nothing relevant", where the paper drops
-        small weights, of which with few models there are none.
+        (arXiv:2505.14136): the weights. Departs from both in the mean that is taken away, from TTMM
+        in vectors of whole prompts instead of their first fifty tokens, and in ``threshold`` for
+        "nothing relevant", where the paper drops small weights, of which with few models there are
+        none.
     """
 
     method = "centroids"
-    arrays: ClassVar = {"centroids": ("models", "width")}
+    arrays: ClassVar = {"means": ("models", "width"), "others": ("width",)}
 
-    centroids_: NDArray[np.float32]
+    means_: NDArray[np.float64]
+    others_: NDArray[np.float64]
 
     def __init__(
         self,
         *,
         encoder: str | Encoder = DEFAULT_ENCODER,
         beta: float = 0.2,
-        threshold: float = 0.3,
+        threshold: float = 0.35,
     ) -> None:
         self.encoder = encoder
         self.beta = beta
@@ -73,9 +79,10 @@ class CentroidsRouter(GrowingRouter):
                 "for; 'collegium library table' writes one"
             )
         own = self._owners(rows)
-        self.centroids_ = np.vstack(
-            [_centroid(rows.vectors[own == model]) for model in range(len(rows.models))]
+        self.means_ = np.vstack(
+            [_mean(rows.vectors[own == model]) for model in range(len(rows.models))]
         )
+        self.others_ = _mean(rows.vectors[own < 0])[0]
 
     def _owners(self, rows: TrainingRows) -> NDArray[np.intp]:
         """Position of the model that each prompt is a text of, -1 for none; shape (n_prompts,)."""
@@ -95,20 +102,34 @@ class CentroidsRouter(GrowingRouter):
         self, vectors: NDArray[np.float32], scores: NDArray[np.float64]
     ) -> dict[str, NDArray[Any]]:
         """All texts are the new model's own."""
-        return {"centroids": _centroid(vectors)}
+        return {"means": _mean(vectors)}
+
+    def _ready(self) -> None:
+        import numpy as np
+
+        self._own = self.means_.any(axis=1)
+        domains = [*self.means_[self._own], *([self.others_] if self.others_.any() else [])]
+        # Of a single domain nothing is known but where it lies.
+        self._centre = np.mean(domains, axis=0) if len(domains) > 1 else np.zeros_like(self.others_)
+        self._centroids = np.array([_unit(mean - self._centre) for mean in self.means_])
 
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
         import numpy as np
 
-        own = self.centroids_.any(axis=1)
-        cosines = np.where(own, self.centroids_ @ given, self.threshold)
+        cosines = self._centroids @ _unit(given.astype(np.float64) - self._centre)
+        cosines = np.where(self._own, cosines, self.threshold)
         return sigmoid((cosines - self.threshold) / self.beta**2), Explanation()
 
 
-def _centroid(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The direction of the mean, shape (1, width); zeros of nothing."""
+def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of vectors, shape (1, width); zeros of nothing."""
     import numpy as np
 
-    mean = vectors.sum(axis=0, keepdims=True, dtype=np.float64)
-    length = max(float(np.linalg.norm(mean)), 1e-12)
-    return np.asarray(mean / length, np.float32)
+    total = vectors.sum(axis=0, keepdims=True, dtype=np.float64)
+    return np.asarray(total / max(1, len(vectors)))
+
+
+def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12))

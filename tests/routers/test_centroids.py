@@ -41,10 +41,13 @@ def test_log_odds_are_ttmms_exponents_and_a_base_is_the_threshold():
     router = _fitted("cook", "lawyer", "general", beta=0.5, threshold=0.4)
     encode = get_encoder("hashing").encode
     quality = router.predict(QUERIES[:1], ["base", "cook", "lawyer"]).quality[0].astype(float)
-    cosines = []
-    for domain in ("cook", "lawyer"):
-        mean = encode(TEXTS[domain]).astype(float).sum(0)
-        cosines.append(float(mean / np.linalg.norm(mean) @ encode([QUERIES[0].text])[0]))
+    means = {name: encode(texts).astype(float).mean(0) for name, texts in TEXTS.items()}
+    centre = np.mean(list(means.values()), axis=0)
+    query = encode([QUERIES[0].text])[0] - centre
+    cosines = [
+        float((mean - centre) @ query / np.linalg.norm(mean - centre) / np.linalg.norm(query))
+        for name, mean in means.items() if name != "general"
+    ]  # fmt: skip
     odds = quality / (1 - quality)
     assert quality[0] == pytest.approx(0.5)
     assert odds[1:] / odds[1:].sum() == pytest.approx(
