@@ -18,6 +18,8 @@ DATA = [
     ("evals", "data/retrieval/documents/*/*.md"),
     ("evals", "tasks/data/*.jsonl"),
     ("experts", "embedded/**/*.safetensors"),
+    ("experts", "embedded/library/library.yaml"),
+    ("experts", "embedded/library/samples/*.jsonl"),
     ("routers", "embedded/auto/*.safetensors"),
     ("routers", "embedded/domains/*.safetensors"),
     ("routers", "embedded/*/README.md"),
