@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the library of adapters that Collegium ships with: six of rank 4 for generated chores, beside
-# the four of the embedded pool, and a sample of each domain. Takes about twenty minutes on two
+# the four of the embedded pool, samples of each domain, and a router. Takes about forty minutes on two
 # cores. Finished adapters are skipped; delete a folder to make it anew.
 #
 #   scripts/build_library.sh [WORK]      WORK keeps training data
@@ -27,3 +27,9 @@ done
 for name in dates docstrings extract html intents maths nato shell sql times; do
   collegium tasks export "$name" --split train | awk 'NR <= 60' >"experts/embedded/library/samples/$name.jsonl"
 done
+
+# The router that chooses among them: the mean vector of each domain.
+collegium tasks export general --split train | awk 'NR <= 40' >"$work/general.jsonl"
+collegium library table --library experts/embedded/library --general "$work/general.jsonl" \
+  --limit 40 --out "$work/table"
+collegium train centroids --table "$work/table" --out routers/embedded/library
