@@ -20,13 +20,13 @@ from pathlib import Path
 from evals.moerging.cli import library_command
 from evals.tasks import Sample, Split, get_task
 from experts.finetune import AdapterTrainingConfig, train_adapter
+from experts.library.gates import METHODS
 from experts.library.manifest import Library
 from experts.library.multitask import train_mixture
 
 LIBRARY = Path(__file__).parent.parent / "experts" / "embedded" / "library"
 OUTSIDE = ("general", "roman", "yaml")
 QUESTIONS, EXAMPLES, SAMPLES = 40, 5, 40
-GATES = ("phatgoose", "average", "ridge")
 MERGES = {"ties": "ties", "dare": "dare_ties"}
 # Pairs that the ten adapters were trained on, batches of repeats included.
 PAIRS = 600 * 8 + (150 * 8 + 80 * 6 + 110 * 8 + 220 * 8)
@@ -96,7 +96,7 @@ def main() -> None:
         )  # fmt: skip
         run("table", "--limit", str(SAMPLES), "--general", general, "--out", str(work / "table"))
     command += ["--table", str(work / "table")]
-    for method in GATES:
+    for method in METHODS:
         run("gates", "--method", method, "--out", str(work / "gates" / method))
         command += ["--gates", f"{method}={work / 'gates' / method}"]
     for name, merging in MERGES.items():

@@ -74,13 +74,13 @@ def make_gates(
     folders = {name: library.path(expert.path) for name, expert in chosen.items()}
     hashes = {name: weights_hash(folder) for name, folder in folders.items()}
     tensors: dict[str, torch.Tensor]
+    made = _made_before(out, method, hashes)
     if method == "ridge":
         examiner = Examiner(base, folders, device=device)
         samples = {name: _samples(library, one, examiner) for name, one in chosen.items()}
         progress(f"ridge: reading samples of {', '.join(samples)}")
         tensors = ridge_gates(examiner, samples)
     else:
-        made = _made_before(out, method, hashes)
         for name, expert in chosen.items():
             if name in made:
                 continue
