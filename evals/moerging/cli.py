@@ -16,7 +16,6 @@ from experts.library.cli import DEVICE, FOLDER, library_command, only_base, user
 __all__ = ["library_command"]
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_NAMED = click.Path(exists=True, path_type=Path)
 
 
 @library_command.command("build", short_help="Train an adapter for each cluster of a corpus.")
@@ -91,7 +90,7 @@ def table_command(
 ) -> None:
     """Write an outcome table: how likely each adapter, and the base, find each sample's answer.
 
-    Any router is trained on it: 'collegium train router'. Scores are geometric means of the
+    Any router is trained on it, such as 'collegium train centroids'. Scores are geometric means of the
     probabilities of the answer's tokens.
     """
     with user_errors():
