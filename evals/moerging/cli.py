@@ -90,8 +90,8 @@ def table_command(
 ) -> None:
     """Write an outcome table: how likely each adapter, and the base, find each sample's answer.
 
-    Any router is trained on it, such as 'collegium train centroids'. Scores are geometric means of the
-    probabilities of the answer's tokens.
+    Any router is trained on it, such as 'collegium train centroids'. Scores are geometric means of
+    the probabilities of the answer's tokens.
     """
     with user_errors():
         from evals.moerging.table import library_table
