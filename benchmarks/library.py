@@ -1,12 +1,12 @@
 """The shipped library of adapters, and every method that uses it.
 
-    python -m benchmarks.library --work DIR --out docs/results/moerging [--method NAME ...]
+    python -m benchmarks.library --work DIR --out docs/results/moerging
 
 Ten domains have an adapter, ``general``, ``roman`` and ``yaml`` have none. Questions are of the
 tasks' test splits; routers, gates and examples learn from the train and validation splits. As
 baselines that papers omit, an adapter and a mixture of experts are trained on all domains together,
-with as many pairs as the ten were; TIES and DARE merge the ten. What was made lies in ``--work``
-and is not made again.
+with as many pairs as the ten were; TIES and DARE merge the ten, DUME makes them experts of one
+checkpoint. What was made lies in ``--work`` and is not made again.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def write(file: Path, found: Iterable[Sample], *, named: bool = True) -> str:
     return str(file)
 
 
-def multitask(domains: Sequence[str], base: str, work: Path) -> None:
+def train_together(domains: Sequence[str], base: str, work: Path, seed: int) -> None:
     """An adapter and a mixture of all domains, trained on as many pairs as the ten together."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     parts = [rng.sample(get_task(name).samples("adapter"), 600) for name in domains]
     mixed = [sample for part in parts for sample in part]
     rng.shuffle(mixed)
-    data = Path(write(work / "multitask.jsonl", mixed, named=False))
+    data = Path(write(work / f"multitask-{seed}.jsonl", mixed, named=False))
     lessons = AdapterTrainingConfig(
         data=data, base=base, steps=PAIRS // 16, batch_size=16, rank=8, alpha=16,
-        learning_rate=1e-3,
+        learning_rate=1e-3, seed=seed,
     )  # fmt: skip
-    train_adapter(lessons, work / "multitask")
+    train_adapter(lessons, work / f"multitask-{seed}")
     # As many parameters as the ten together, and as many go into each token as one of them has.
     small = lessons.model_copy(update={"rank": 4, "alpha": 4.0})
-    train_mixture(small, len(domains), 2, work / "mixture")
+    train_mixture(small, len(domains), 2, work / f"multitask-moe-{seed}")
 
 
 def run(*command: str) -> None:
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where what is made is kept")
     parser.add_argument("--out", type=Path, required=True, help="write OUT.md, OUT.json, OUT.svg")
     parser.add_argument("--method", nargs="+", default=[], help="only these")
+    parser.add_argument("--seeds", type=int, default=3, help="of what is drawn or trained")
     parser.add_argument("--prepare", action="store_true", help="only make what is missing")
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -89,6 +90,7 @@ def main() -> None:
     command = [
         "evaluate", "--questions", write(work / "questions.jsonl", asked),
         "--examples", write(work / "examples.jsonl", shown), "--out", str(arguments.out),
+        "--seeds", str(arguments.seeds),
     ]  # fmt: skip
     if not (work / "table").exists():
         general = write(
@@ -96,16 +98,25 @@ def main() -> None:
         )  # fmt: skip
         run("table", "--limit", str(SAMPLES), "--general", general, "--out", str(work / "table"))
     command += ["--table", str(work / "table")]
-    for method in METHODS:
-        run("gates", "--method", method, "--out", str(work / "gates" / method))
-        command += ["--gates", f"{method}={work / 'gates' / method}"]
     for name, merging in MERGES.items():
-        if not (work / name).exists():
-            run("merge", "--method", merging, "--out", str(work / name))
-        command += ["--reference", f"{name}={work / name}"]
-    multitask(domains, base, work)
-    command += ["--reference", f"multitask={work / 'multitask'}"]
-    command += ["--mixture", f"multitask={work / 'mixture'}"]
+        # What DARE drops is drawn.
+        for seed in range(arguments.seeds if name == "dare" else 1):
+            out = work / f"{name}-{seed}"
+            if not out.exists():
+                run("merge", "--method", merging, "--seed", str(seed), "--out", str(out))
+            command += ["--reference", f"{name}={out}"]
+    if not (work / "upcycled").exists():
+        run("upcycle", "--out", str(work / "upcycled"))
+    command += ["--reference", f"upcycled={work / 'upcycled'}"]
+    for method in METHODS:
+        for seed in range(arguments.seeds if method == "phatgoose" else 1):
+            out = work / "gates" / f"{method}-{seed}"
+            run("gates", "--method", method, "--seed", str(seed), "--out", str(out))
+            command += ["--gates", f"{method}={out}"]
+    for seed in range(arguments.seeds):
+        train_together(domains, base, work, seed)
+        for name in ("multitask", "multitask-moe"):
+            command += ["--reference", f"{name}={work / f'{name}-{seed}'}"]
     if not arguments.prepare:
         run(*command, *(part for name in arguments.method for part in ("--method", name)))
 

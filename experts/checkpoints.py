@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -106,14 +107,18 @@ def load_checkpoint(path: Path, fingerprint: str) -> TrainingState | None:
 
 
 def move_into(folder: Path, write: Callable[[Path], None], *, last: str) -> None:
-    """Let `write` fill a temporary folder, then move its files into `folder`, `last` at the end.
+    """Let `write` fill a temporary folder, then move all of it into `folder`, `last` at the end.
 
     Whoever sees the file named `last` sees all the others too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
         write(Path(temporary))
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
-            # safetensors makes files that only their owner can read.
-            file.chmod(0o644)
-            os.replace(file, folder / file.name)
+        for entry in sorted(Path(temporary).iterdir(), key=lambda entry: entry.name == last):
+            for file in (entry, *entry.rglob("*")):
+                # safetensors makes files that only their owner can read.
+                if file.is_file():
+                    file.chmod(0o644)
+            if entry.is_dir():
+                shutil.rmtree(folder / entry.name, ignore_errors=True)
+            os.replace(entry, folder / entry.name)

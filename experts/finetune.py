@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
@@ -23,7 +23,10 @@ from experts.finetune_config import AdapterTrainingConfig, TrainingManifest
 from experts.finetune_data import TokenPair, pack, plan_batches, read_pairs, tokenize
 from experts.weights import model_revision, resolve_model
 
-__all__ = ["AdapterTrainingConfig", "TrainingManifest", "train_adapter"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AdapterTrainingConfig", "Trainee", "TrainingManifest", "train", "train_adapter"]
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
@@ -34,7 +37,35 @@ def train_adapter(
     *,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainingManifest:
-    """Train a LoRA adapter and write it to a folder in PEFT's format.
+    """Train a LoRA adapter and write it to a folder in PEFT's format; see ``train``."""
+    return train(config, out, lambda device: _Adapter(config, device), on_step=on_step)
+
+
+class Trainee(Protocol):
+    """What learns.
+
+    Attributes:
+        model: Predicts tokens.
+        parameters: Those of it that learn, by name.
+    """
+
+    model: Any
+    parameters: dict[str, torch.nn.Parameter]
+
+    def write(self, folder: Path) -> None:
+        """Write what was learnt into an empty folder."""
+        ...
+
+
+def train(
+    config: AdapterTrainingConfig,
+    out: Path,
+    build: Callable[[torch.device], Trainee],
+    *,
+    options: Mapping[str, Any] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainingManifest:
+    """Train on pairs of prompt and answer and write what was learnt to a folder.
 
     The loss covers the answer and its end-of-turn token, not the prompt. Calling again with
     the same configuration and folder resumes an interrupted training, or returns the manifest
@@ -42,7 +73,9 @@ def train_adapter(
 
     Args:
         config: What is trained on what, and how.
-        out: Folder for the adapter, its manifest ``training.json`` and checkpoints.
+        out: Folder for what is learnt, its manifest ``training.json`` and checkpoints.
+        build: Makes what learns, on a device.
+        options: What else decides the result.
         on_step: Called with the number of finished steps and the loss after every step.
 
     Raises:
@@ -53,7 +86,10 @@ def train_adapter(
     base = resolve_model(config.base)
     data_sha256 = hashlib.sha256(config.data.read_bytes()).hexdigest()
     base_revision = model_revision(base)
-    fingerprint = _fingerprint(config, data_sha256, base_revision)
+    choices = config.model_dump(mode="json", exclude={"data", "base", "device"}) | dict(
+        options or {}
+    )
+    fingerprint = _fingerprint(choices, data_sha256, base_revision)
     finished = _finished(out, fingerprint)
     if finished:
         return finished
@@ -63,7 +99,7 @@ def train_adapter(
     fitting = [pair for pair in encoded if pair.length <= config.max_tokens]
     if not fitting:
         raise ExpertConfigError(f"no pair has at most max_tokens={config.max_tokens} tokens")
-    training = _Training(config, fitting, base, out, fingerprint)
+    training = _Training(config, fitting, build(_device(config.device)), out, fingerprint)
     training.run(on_step)
     manifest = TrainingManifest(
         base=config.base,
@@ -73,7 +109,7 @@ def train_adapter(
         pairs=len(fitting),
         repeated_prompts=repeated,
         too_long=len(encoded) - len(fitting),
-        hyperparameters=config.model_dump(mode="json", exclude={"data", "base", "device"}),
+        hyperparameters=choices,
         fingerprint=fingerprint,
         final_loss=round(training.recent_loss, 4),
         tokens=training.tokens,
@@ -84,10 +120,10 @@ def train_adapter(
     return manifest
 
 
-def _fingerprint(config: AdapterTrainingConfig, data_sha256: str, base_revision: str) -> str:
-    # How often checkpoints are written and where it runs do not decide what is learnt.
-    choices = config.model_dump(mode="json", exclude={"data", "base", "checkpoint_every", "device"})
-    facts = json.dumps([choices, data_sha256, base_revision], sort_keys=True)
+def _fingerprint(choices: Mapping[str, Any], data_sha256: str, base_revision: str) -> str:
+    # How often checkpoints are written does not decide what is learnt.
+    decisive = {name: value for name, value in choices.items() if name != "checkpoint_every"}
+    facts = json.dumps([decisive, data_sha256, base_revision], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -100,19 +136,19 @@ def _finished(out: Path, fingerprint: str) -> TrainingManifest | None:
         raise ExpertConfigError(f"{out}/training.json is not a training manifest") from error
     if manifest.fingerprint != fingerprint:
         raise ExpertConfigError(
-            f"{out} holds an adapter of another training; choose another folder or delete it"
+            f"{out} holds the result of another training; choose another folder or delete it"
         )
     return manifest
 
 
 class _Training:
-    """The state of one training: model, optimiser, position, totals."""
+    """The state of one training: what learns, optimiser, position, totals."""
 
     def __init__(
         self,
         config: AdapterTrainingConfig,
         pairs: Sequence[TokenPair],
-        base: Path | str,
+        trainee: Trainee,
         out: Path,
         fingerprint: str,
     ) -> None:
@@ -120,12 +156,7 @@ class _Training:
 
         self.config, self.pairs, self.out, self.fingerprint = config, pairs, out, fingerprint
         self.step, self.tokens, self.seconds, self.recent_loss = 0, 0, 0.0, math.nan
-        name = config.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
-        self.model = _build_model(config, base).to(self.device)
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trainee, self.parameters = trainee, trainee.parameters
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -159,22 +190,16 @@ class _Training:
     def _train_step(self, pairs: Sequence[TokenPair]) -> float:
         import torch
 
-        config = self.config
+        config, model = self.config, self.trainee.model
         # Seeding each step makes dropout independent of where a training was resumed.
         torch.manual_seed(config.seed + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(self.step, config)
         batch = pack(pairs)
         half = config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            logits = self.model(
-                input_ids=batch.input_ids.to(self.device),
-                position_ids=batch.position_ids.to(self.device),
-                attention_mask=batch.attention_mask.to(self.device),
-                logits_to_keep=batch.predicting.to(self.device),
-                use_cache=False,
-            ).logits[0]
-        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels.to(self.device))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            logits = batch.answer_logits(model)
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels.to(logits.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.optimizer.step()
@@ -199,27 +224,10 @@ class _Training:
         )  # fmt: skip
 
     def save(self, manifest: TrainingManifest) -> None:
-        """Write the adapter and its manifest, then drop the checkpoint."""
-        import torch
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        weights = {
-            name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, tensor in get_peft_model_state_dict(
-                self.model, save_embedding_layers=False
-            ).items()
-        }
-        adapter_config = self.model.peft_config["default"]
-        # A path in the cache would mean nothing on another machine; the reference does.
-        adapter_config.base_model_name_or_path = self.config.base
-        adapter_config.inference_mode = True
-        # PEFT keeps a set, which it would write in another order each time.
-        adapter_config.target_modules = sorted(adapter_config.target_modules)
+        """Write what was learnt and its manifest, then drop the checkpoint."""
 
         def write(folder: Path) -> None:
-            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            adapter_config.save_pretrained(folder)
+            self.trainee.write(folder)
             (folder / "training.json").write_text(manifest.model_dump_json(indent=2) + "\n")
 
         move_into(self.out, write, last="training.json")
@@ -234,24 +242,60 @@ def _rate(step: int, config: AdapterTrainingConfig) -> float:
     return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _build_model(config: AdapterTrainingConfig, base: Path | str) -> Any:
+def _device(name: str) -> torch.device:
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, config.precision), attn_implementation="sdpa"
-    )
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
-        lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, lora)
-    except ValueError as error:
-        raise ExpertConfigError(f"cannot adapt {config.base}: {error}") from error
-    return adapted.train()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class _Adapter:
+    """A LoRA adapter; see ``Trainee``."""
+
+    def __init__(self, config: AdapterTrainingConfig, device: torch.device) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        self._base = config.base
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(config.base),
+            dtype=getattr(torch, config.precision),
+            attn_implementation="sdpa",
+        )
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+            lora_dropout=config.dropout,
+            target_modules=list(config.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            adapted = get_peft_model(model, lora)
+        except ValueError as error:
+            raise ExpertConfigError(f"cannot adapt {config.base}: {error}") from error
+        self.model: Any = adapted.train().to(device)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def write(self, folder: Path) -> None:
+        """See ``Trainee``."""
+        import torch
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        weights = {
+            name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+            for name, tensor in get_peft_model_state_dict(
+                self.model, save_embedding_layers=False
+            ).items()
+        }
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings = self.model.peft_config["default"]
+        # A path in the cache would mean nothing on another machine; the reference does.
+        settings.base_model_name_or_path = self._base
+        settings.inference_mode = True
+        # PEFT keeps a set, which it would write in another order each time.
+        settings.target_modules = sorted(settings.target_modules)
+        settings.save_pretrained(folder)

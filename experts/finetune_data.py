@@ -66,6 +66,17 @@ class PackedBatch(NamedTuple):
     predicting: torch.Tensor
     labels: torch.Tensor
 
+    def answer_logits(self, model: Any) -> torch.Tensor:
+        """What a model predicts at ``predicting``: shape (n_answer_tokens, vocabulary)."""
+        found: torch.Tensor = model(
+            input_ids=self.input_ids.to(model.device),
+            position_ids=self.position_ids.to(model.device),
+            attention_mask=self.attention_mask.to(model.device),
+            logits_to_keep=self.predicting.to(model.device),
+            use_cache=False,
+        ).logits[0]
+        return found
+
 
 def read_pairs(path: Path) -> tuple[list[ChatPair], int]:
     """Return the pairs of a JSONL file without repeated prompts, and how many were repeated.

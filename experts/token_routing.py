@@ -290,6 +290,8 @@ class GatesManifest(BaseModel):
     format_version: Literal[1] = 1
     learnt_by: str
     """How they were learnt."""
+    seed: int = 0
+    """Of the training, where they were trained."""
     method: Literal["vectors", "affine"]
     """What is done with the numbers."""
     base: str

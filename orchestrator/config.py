@@ -544,12 +544,6 @@ def _with_library(entry: Any, base: Path) -> Any:
         library = Library(resolve_path(reference))
     else:
         library = Library(base / Path(reference).expanduser())
-    found = [expert for expert in library.of(str(model)) if expert.kind == "adapter"]
-    if not found:
-        raise ExpertConfigError(
-            f"the library {library.folder} has no adapter of {model!r}; it has some of "
-            f"{', '.join(map(repr, library.bases())) or 'nothing'}"
-        )
     named = {adapter.get("name") for adapter in listed if isinstance(adapter, dict)}
     adapters = [
         {
@@ -557,7 +551,7 @@ def _with_library(entry: Any, base: Path) -> Any:
             "path": str(library.path(one.path).resolve()),
             "description": one.description,
         }
-        for one in found
+        for one in library.adapters(str(model)).values()
         if one.name not in named
     ]
     # Other machines have the config without the library's folder.

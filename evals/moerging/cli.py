@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -101,15 +100,14 @@ def table_command(
 
         library = Library(folder)
         base = only_base(library, base)
-        chosen = [
-            one for one in library.of(base) if one.kind == "adapter" and one.samples is not None
-        ]
+        chosen = library.adapters(base, with_samples=True)
         samples = {
-            one.name: read_pairs(library.path(one.samples or ""))[0][:limit] for one in chosen
+            name: read_pairs(library.path(one.samples or ""))[0][:limit]
+            for name, one in chosen.items()
         }
         if general is not None:
             samples["general"] = read_pairs(general)[0][:limit]
-        adapters = {one.name: library.path(one.path) for one in chosen}
+        adapters = {name: library.path(one.path) for name, one in chosen.items()}
         examiner = Examiner(base, adapters, device=device)
         made = library_table(
             examiner, [*adapters], samples, base_name=base_name,
@@ -137,15 +135,12 @@ def table_command(
 )  # fmt: skip
 @click.option(
     "--gates", multiple=True, metavar="METHOD=FOLDER",
-    help="What 'collegium library gates' wrote; may be given several times.",
+    help="What 'collegium library gates' wrote; several of one method are its seeds.",
 )  # fmt: skip
 @click.option(
     "--reference", "references", multiple=True, metavar="NAME=FOLDER",
-    help="An adapter to compare with: multitask, ties, dare; may be given several times.",
-)  # fmt: skip
-@click.option(
-    "--mixture", "mixtures", multiple=True, metavar="NAME=FOLDER",
-    help="A mixture trained on all domains together to compare with: multitask.",
+    help="What to compare with: ties and dare, multitask (an adapter), multitask-moe (a mixture), "
+    "upcycled (a checkpoint); several of one name are its seeds.",
 )  # fmt: skip
 @click.option(
     "--method", "names", multiple=True,
@@ -165,7 +160,6 @@ def evaluate_command(
     table_path: Path | None,
     gates: Sequence[str],
     references: Sequence[str],
-    mixtures: Sequence[str],
     names: Sequence[str],
     seeds: int,
     out: Path,
@@ -174,12 +168,12 @@ def evaluate_command(
     """Compare methods on questions in domain and out of it, beside each one's place in the survey.
 
     Loss is per token of the right answer; right is what greedy decoding writes exactly. What is in
-    OUT_answers.jsonl is not measured again.
+    OUT_answers.jsonl of the same questions, adapters, table and folders is not measured again.
     """
     with user_errors():
         from tqdm import tqdm
 
-        from evals.moerging.measure import Measured, measure
+        from evals.moerging.measure import Journal, measure
         from evals.moerging.methods import bases_own, methods
         from evals.moerging.report import as_json, as_markdown, picture
         from evals.moerging.setting import Question, Setting, read_questions
@@ -196,48 +190,49 @@ def evaluate_command(
             questions=read_questions(questions_file),
             examples=examples,
             table=OutcomeTable.load(table_path) if table_path else None,
-            gates=dict(_named(one, "--gates") for one in gates),
-            references=dict(_named(one, "--reference") for one in references),
-            mixtures=dict(_named(one, "--mixture") for one in mixtures),
+            gates=_named(gates, "--gates"),
+            references=_named(references, "--reference"),
             device=device,
         )
         chosen = methods(setting, list(names) or None)
-        journal = out.with_name(f"{out.name}_answers.jsonl")
-        made: dict[str, list[Measured]] = defaultdict(list)
-        if journal.exists():
-            for line in journal.read_text(encoding="utf-8").splitlines():
-                found = Measured(**json.loads(line))
-                made[found.method].append(found)
+        journal = Journal(out.with_name(f"{out.name}_answers.jsonl"), setting)
+        made = {method.name: journal.read(method) for method in methods(setting, None)}
         for method in chosen:
             done = {one.seed for one in made[method.name]}
-            for seed in range(seeds if method.seeded else 1):
+            for seed in method.seeds(setting, seeds):
                 if seed in done:
                     continue
                 with tqdm(total=len(setting.questions), desc=f"{method.name} {seed}") as bar:
                     found = measure(setting, method, seed, on_question=bar.update)
                 made[method.name].append(found)
-                with journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(found)) + "\n")
+                journal.add(method, found)
         if not made["base"]:
             raise click.UsageError("--method base: others are compared with it; measure it first")
         kept = {name: rows for name, rows in made.items() if rows}
         leaves = bases_own(setting) if setting.table is not None else None
         lines = as_json(kept, setting.questions, [*setting.adapters], leaves)
+        drawn = picture(lines)
         about = (
             f"{len(setting.adapters)} adapters of `{setting.base}`, {len(setting.questions)} "
             f"questions of {len(setting.by_domain)} domains. Loss per answer token, in nats, and "
-            "share of exactly right answers; 95% intervals of the bootstrap over questions.\n\n"
-            f"![Loss in domain and out of it]({out.name}.svg)"
+            "share of exactly right answers; 95% intervals of the bootstrap over questions."
         )
+        if drawn is not None:
+            about += f"\n\n![Loss in domain and out of it]({out.name}.svg)"
+            out.with_suffix(".svg").write_text(drawn, encoding="utf-8")
         text = as_markdown(lines, "A library of adapters, and methods that use it", about)
         out.with_suffix(".md").write_text(text, encoding="utf-8")
         out.with_suffix(".json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".svg").write_text(picture(lines), encoding="utf-8")
         click.echo(text, nl=False)
 
 
-def _named(text: str, option: str) -> tuple[str, Path]:
-    name, separator, path = text.partition("=")
-    if not separator or not Path(path).is_dir():
-        raise click.UsageError(f"{option} takes NAME=FOLDER of a folder that exists, not {text!r}")
-    return name, Path(path)
+def _named(texts: Sequence[str], option: str) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for text in texts:
+        name, separator, path = text.partition("=")
+        if not separator or not Path(path).is_dir():
+            raise click.UsageError(
+                f"{option} takes NAME=FOLDER of a folder that exists, not {text!r}"
+            )
+        found[name].append(Path(path))
+    return dict(found)

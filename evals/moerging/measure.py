@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from evals.metrics import Estimate, bootstrap_mean
 from evals.moerging.methods import Method
 from evals.moerging.setting import Setting
 
-__all__ = ["Measured", "Summary", "measure", "summarise", "with_exit"]
+__all__ = ["Journal", "Measured", "Summary", "measure", "summarise", "with_exit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,18 @@ def measure(
     setting: Setting, method: Method, seed: int, *, on_question: Callable[[], object] | None = None
 ) -> Measured:
     """Ask a method all questions, one at a time."""
-    choose = method.prepare(setting, seed)
+    examiner, choose = method.prepare(setting, seed)
     # What is learnt with the first question of a domain is no part of a question's time.
     for places in setting.by_domain.values():
         choose(places[0])
     losses, tokens, exact = [], [], []
     choosing = reading = 0.0
-    for place, pair in enumerate(setting.pairs):
+    pairs = examiner.read([question.pair for question in setting.questions])
+    for place, pair in enumerate(pairs):
         started = time.perf_counter()
         use = choose(place)
         chosen = time.perf_counter()
-        (logits,) = setting.examiner.logits([pair], use)
+        (logits,) = examiner.logits([pair], use)
         reading += time.perf_counter() - chosen
         choosing += chosen - started
         targets = torch.tensor(pair.answer_ids, device=logits.device)
@@ -64,8 +67,45 @@ def measure(
         exact.append(int((logits.argmax(-1) == targets).all()))
         if on_question:
             on_question()
-    each = 1000 / len(setting.pairs)
+    each = 1000 / len(pairs)
     return Measured(method.name, seed, losses, tokens, exact, choosing * each, reading * each)
+
+
+class Journal:
+    """A file of measurements, each a line of JSON with a hash of what it depends on.
+
+    Args:
+        file: The file; need not exist yet.
+        setting: What is measured in now.
+    """
+
+    def __init__(self, file: Path, setting: Setting) -> None:
+        self._file = file
+        self._setting = setting
+
+    def read(self, method: Method) -> list[Measured]:
+        """What was measured of a method in this setting; of others there is nothing to see."""
+        if not self._file.exists():
+            return []
+        found = []
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["method"] == method.name and row.pop("fingerprint") == self._of(
+                method, row["seed"]
+            ):
+                found.append(Measured(**row))
+        return found
+
+    def add(self, method: Method, made: Measured) -> None:
+        """Write a measurement down."""
+        row = {"fingerprint": self._of(method, made.seed), **asdict(made)}
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _of(self, method: Method, seed: int) -> str:
+        if seed not in method.seeds(self._setting, seed + 1):
+            return ""
+        return self._setting.fingerprint(method.needs, seed)
 
 
 def with_exit(made: Measured, base: Measured, leaves: Sequence[bool]) -> Measured:

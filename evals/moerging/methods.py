@@ -8,21 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from evals.moerging.setting import BASE, Setting
 from evals.moerging.taxonomy import Taxonomy
+from experts.config import TokenRouterConfig
 from experts.errors import ExpertConfigError
+from experts.library.examiner import Examiner
 from experts.lora import NO_ADAPTER, AdapterUse
 from orchestrator.decision import Candidate, Decision
 from orchestrator.strategies.mix import MixStrategy
 from routers.base import Query, TrainableRouter
 from routers.centroids import CentroidsRouter
 
-__all__ = ["METHODS", "Chooser", "Method", "bases_own", "methods"]
+__all__ = ["METHODS", "Chooser", "Method", "Ready", "bases_own", "methods"]
 
 Chooser = Callable[[int], AdapterUse]
 """From a question's position to how adapters are used for it."""
+
+
+class Ready(NamedTuple):
+    """A method that has learnt what it learns.
+
+    Attributes:
+        examiner: Hosts what it needs, and no more.
+        choose: Says for a question how adapters are used.
+    """
+
+    examiner: Examiner
+    choose: Chooser
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,102 +46,127 @@ class Method:
     Attributes:
         name: In reports.
         taxonomy: Its place among others; none for what is no method, such as the base alone.
-        prepare: Given the setting and a seed, learns what there is to learn and gives who chooses.
-        needs: What the setting must have, see ``Setting.has``; none if nothing.
+        prepare: Given the setting and a seed, learns what there is to learn.
+        needs: What the setting must have, see ``Setting.has``.
         seeded: Whether seeds change anything.
     """
 
     name: str
     taxonomy: Taxonomy | None
-    prepare: Callable[[Setting, int], Chooser]
-    needs: str | None = None
+    prepare: Callable[[Setting, int], Ready]
+    needs: tuple[str, ...] = ()
     seeded: bool = False
 
+    def seeds(self, setting: Setting, most: int) -> range:
+        """The seeds there are: of those that were made elsewhere, one for each folder."""
+        if self.seeded:
+            return range(most)
+        made = [len(setting.folders(need)) for need in self.needs if "/" in need]
+        return range(*made or [1])
 
-def _base(setting: Setting, seed: int) -> Chooser:
-    return lambda place: NO_ADAPTER
+
+def _base(setting: Setting, seed: int) -> Ready:
+    return Ready(setting.host(), lambda place: NO_ADAPTER)
 
 
-def _named(setting: Setting, name: str) -> AdapterUse:
-    return AdapterUse(((setting.examiner.adapters.adapter(name), 1.0),))
+def _oracle(setting: Setting, seed: int) -> Ready:
+    hosted = setting.host()
 
-
-def _oracle(setting: Setting, seed: int) -> Chooser:
     def choose(place: int) -> AdapterUse:
         domain = setting.questions[place].domain
-        return _named(setting, domain) if domain in setting.adapters else NO_ADAPTER
+        return _mixed(hosted, {domain: 1.0} if domain in setting.adapters else {}, "outputs")
 
-    return choose
-
-
-def _uniform(setting: Setting, seed: int) -> Chooser:
-    return _mixed(setting, dict.fromkeys(setting.adapters, 1 / len(setting.adapters)), "outputs")
+    return Ready(hosted, choose)
 
 
-def _reference(name: str) -> Callable[[Setting, int], Chooser]:
-    def prepare(setting: Setting, seed: int) -> Chooser:
-        use = _named(setting, name)
-        return lambda place: use
+def _uniform(setting: Setting, seed: int) -> Ready:
+    hosted = setting.host()
+    use = _mixed(hosted, dict.fromkeys(setting.adapters, 1 / len(setting.adapters)), "outputs")
+    return Ready(hosted, lambda place: use)
+
+
+def _reference(name: str) -> Callable[[Setting, int], Ready]:
+    def prepare(setting: Setting, seed: int) -> Ready:
+        hosted, use = setting.host_reference(setting.references[name][seed])
+        return Ready(hosted, lambda place: use)
 
     return prepare
 
 
-def _token_router(name: str) -> Callable[[Setting, int], Chooser]:
-    return lambda setting, seed: lambda place: AdapterUse(router=name)
+def _token_router(**config: Any) -> Callable[[Setting, int], Ready]:
+    """A token router of the engine.
+
+    Args:
+        **config: As under ``token_routers``; ``gates`` names those of the setting.
+    """
+
+    def prepare(setting: Setting, seed: int) -> Ready:
+        gates = config.get("gates")
+        found = {} if gates is None else {"gates": str(setting.gates[gates][seed])}
+        router = {"name": "router", "adapters": tuple(setting.adapters), **config, **found}
+        hosted = setting.host(TokenRouterConfig.model_validate(router))
+        return Ready(hosted, lambda place: AdapterUse(router="router"))
+
+    return prepare
 
 
-def _lorahub(setting: Setting, seed: int) -> Chooser:
+def _lorahub(setting: Setting, seed: int) -> Ready:
     from experts.library.merging import lorahub_weights
 
+    hosted = setting.host()
     uses: dict[str, AdapterUse] = {}
 
     def choose(place: int) -> AdapterUse:
         domain = setting.questions[place].domain
         if domain not in uses:
-            weights = lorahub_weights(
-                setting.examiner, [*setting.adapters], setting.shots(domain), seed=seed
-            )
-            uses[domain] = AdapterUse(((setting.examiner.adapters.fused(weights), 1.0),))
+            shown = hosted.read([question.pair for question in setting.examples[domain]])
+            weights = lorahub_weights(hosted, [*setting.adapters], shown, seed=seed)
+            uses[domain] = _mixed(hosted, weights, "parameters")
         return uses[domain]
 
-    return choose
+    return Ready(hosted, choose)
 
 
 def _routed(
-    router: str, strategy: MixStrategy | None = None, **options: Any
-) -> Callable[[Setting, int], Chooser]:
+    router: str,
+    strategy: MixStrategy | None = None,
+    *,
+    by_domain: bool = False,
+    **options: Any,
+) -> Callable[[Setting, int], Ready]:
     """A router of the project that was fitted on the setting's table, and what follows from it.
 
     Args:
         router: Its name.
         strategy: How adapters are mixed; none takes the best.
+        by_domain: Whether one choice is made for each domain, by its examples.
         **options: Of the router.
     """
 
-    def prepare(setting: Setting, seed: int) -> Chooser:
+    def prepare(setting: Setting, seed: int) -> Ready:
         from routers.registry import get_router_class
 
         assert setting.table is not None
         made: TrainableRouter = get_router_class(router)(**options)
         fitted = made.fit(setting.table)
         names = [BASE, *setting.adapters]
+        hosted = setting.host()
 
         def choose(place: int) -> AdapterUse:
-            query = Query(setting.questions[place].prompt)
-            quality = fitted.predict([query], names).quality[0]
+            asked = setting.questions[place]
+            by = setting.examples[asked.domain] if by_domain else [asked]
+            quality = fitted.predict([Query(one.prompt) for one in by], names).quality.mean(0)
             ranked = sorted(zip(names, map(float, quality), strict=True), key=lambda one: -one[1])
             decision = Decision(
                 experts=tuple(name for name, _ in ranked),
                 candidates=tuple(Candidate(name, quality=value) for name, value in ranked),
             )
             if strategy is not None:
-                shares, merging = strategy.shares(decision), strategy.merging
-            else:
-                shares = {} if ranked[0][0] == BASE else {ranked[0][0]: 1.0}
-                merging = "outputs"
-            return _mixed(setting, shares, merging)(place)
+                return _mixed(hosted, strategy.shares(decision), strategy.merging)
+            best = ranked[0][0]
+            return _mixed(hosted, {} if best == BASE else {best: 1.0}, "outputs")
 
-        return choose
+        return Ready(hosted, choose)
 
     return prepare
 
@@ -141,16 +180,13 @@ def bases_own(setting: Setting) -> list[bool]:
     return [bool(row.argmax() == 0) for row in fitted.predict(asked, names).quality]
 
 
-def _mixed(setting: Setting, shares: Mapping[str, float], merging: str) -> Chooser:
-    adapters = setting.examiner.adapters
+def _mixed(hosted: Examiner, shares: Mapping[str, float], merging: str) -> AdapterUse:
+    adapters = hosted.adapters
     if not shares:
-        use = NO_ADAPTER
-    elif merging == "parameters":
-        use = AdapterUse(((adapters.fused(shares), 1.0),))
-    else:
-        parts = [(adapters.adapter(name), share) for name, share in shares.items()]
-        use = AdapterUse(tuple(parts))
-    return lambda place: use
+        return NO_ADAPTER
+    if merging == "parameters":
+        return AdapterUse(((adapters.fused(shares), 1.0),))
+    return AdapterUse(tuple((adapters.adapter(name), share) for name, share in shares.items()))
 
 
 def _mix(**settings: Any) -> MixStrategy:
@@ -167,35 +203,40 @@ METHODS: dict[str, Method] = {
         Method("base", None, _base),
         Method("oracle adapter", None, _oracle),
         Method("uniform merge", replace(_UNTRAINED, aggregation="outputs"), _uniform),
-        Method("TIES", _UNTRAINED, _reference("ties"), "references/ties"),
-        Method("DARE", _UNTRAINED, _reference("dare"), "references/dare"),
+        Method("TIES", _UNTRAINED, _reference("ties"), ("references/ties",)),
+        Method("DARE", _UNTRAINED, _reference("dare"), ("references/dare",)),
         Method("multitask", Taxonomy(training="custom", data="shared", granularity="task"),
-               _reference("multitask"), "references/multitask"),
+               _reference("multitask"), ("references/multitask",)),
         Method("multitask MoE", replace(_PER_TOKEN, training="custom", data="shared",
-               routing_data="expert"), _token_router("multitask"), "mixtures/multitask"),
-        Method("LoraRetriever selection", _PER_QUERY, _routed("centroids"), "table"),
-        Method("pilots", _PER_QUERY, _routed("pilots"), "table"),
-        Method("ridge", _PER_QUERY, _routed("ridge"), "table"),
-        Method("kNN", _PER_QUERY, _routed("knn"), "table"),
-        Method("Nexus", replace(_PER_QUERY, data="shared"), _routed("nexus"), "table"),
+               routing_data="expert"), _reference("multitask-moe"), ("references/multitask-moe",)),
+        Method("LoraRetriever selection", _PER_QUERY, _routed("centroids"), ("table",)),
+        Method("pilots", _PER_QUERY, _routed("pilots"), ("table",)),
+        Method("ridge", _PER_QUERY, _routed("ridge"), ("table",)),
+        Method("kNN", _PER_QUERY, _routed("knn"), ("table",)),
+        Method("Nexus", replace(_PER_QUERY, data="shared"), _routed("nexus"), ("table",)),
         Method("LoraRetriever mixture", replace(_PER_QUERY, aggregation="outputs"),
-               _routed("centroids", _mix(weights="uniform")), "table"),
+               _routed("centroids", _mix(weights="uniform")), ("table",)),
         Method("LoraRetriever fusion", replace(_PER_QUERY, aggregation="parameters"),
-               _routed("centroids", _mix(weights="uniform", merging="parameters")), "table"),
+               _routed("centroids", _mix(weights="uniform", merging="parameters")), ("table",)),
+        Method("AdapterSoup", replace(_UNTRAINED, routing_data="target", selection="sparse",
+               user_data="few-shot"), _routed("centroids", _mix(weights="uniform",
+               merging="parameters"), by_domain=True), ("table", "examples")),
         Method("TTMM", replace(_PER_QUERY, training="custom", aggregation="parameters"),
-               _routed("centroids", _mix(top_k=50)), "table"),
+               _routed("centroids", _mix(top_k=50)), ("table",)),
         Method("SMEAR-style", replace(_PER_QUERY, selection="dense", aggregation="parameters"),
-               _routed("ridge", _mix(top_k=64, min_share=0.0, merging="parameters")), "table"),
-        Method("Arrow", _PER_TOKEN, _token_router("arrow")),
-        Method("SpectR", _PER_TOKEN, _token_router("spectr")),
+               _routed("ridge", _mix(top_k=64, min_share=0.0, merging="parameters")), ("table",)),
+        Method("Arrow", _PER_TOKEN, _token_router(method="arrow")),
+        Method("SpectR", _PER_TOKEN, _token_router(method="spectr", top_k=4)),
         Method("PHATGOOSE", replace(_PER_TOKEN, training="custom", routing_data="expert"),
-               _token_router("phatgoose"), "gates/phatgoose"),
+               _token_router(gates="phatgoose"), ("gates/phatgoose",)),
         Method("average activation", replace(_PER_TOKEN, routing_data="expert"),
-               _token_router("average"), "gates/average"),
+               _token_router(gates="average"), ("gates/average",)),
         Method("DUME gates", replace(_PER_TOKEN, data="shared", routing_data="expert"),
-               _token_router("ridge"), "gates/ridge"),
+               _token_router(gates="ridge"), ("gates/ridge",)),
+        Method("DUME", replace(_PER_TOKEN, training="custom", data="shared",
+               routing_data="expert"), _reference("upcycled"), ("references/upcycled",)),
         Method("LoraHub", replace(_UNTRAINED, routing_data="target", generalisation="out",
-               user_data="few-shot"), _lorahub, "examples", seeded=True),
+               user_data="few-shot"), _lorahub, ("examples",), seeded=True),
     )
 }  # fmt: skip
 
@@ -210,8 +251,8 @@ def methods(setting: Setting, names: Sequence[str] | None) -> list[Method]:
         if name not in METHODS:
             known = ", ".join(map(repr, METHODS))
             raise ExpertConfigError(f"unknown method {name!r}; known: {known}")
-        needs = METHODS[name].needs
-        if needs is not None and not setting.has(needs):
-            raise ExpertConfigError(f"the method {name!r} needs {needs}")
+        lacking = [need for need in METHODS[name].needs if not setting.has(need)]
+        if lacking:
+            raise ExpertConfigError(f"the method {name!r} needs {' and '.join(lacking)}")
     chosen = [METHODS[name] for name in names or METHODS]
-    return [method for method in chosen if method.needs is None or setting.has(method.needs)]
+    return [method for method in chosen if all(map(setting.has, method.needs))]

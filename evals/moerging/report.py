@@ -130,9 +130,14 @@ def _with_interval(found: Mapping[str, float]) -> str:
     return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
-def picture(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Loss less the base's, in domain and out of it, as SVG; the lower left is best."""
+def picture(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Loss less the base's, in domain and out of it, as SVG; the lower left is best.
+
+    None if all questions are of one kind.
+    """
     both = [line for line in lines if "in_domain" in line and "out_of_domain" in line]
+    if not both:
+        return None
     xs, ys = (
         [line[where]["loss_less_base"]["mean"] for line in both]
         for where in ("in_domain", "out_of_domain")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from experts.adapter_files import weights_hash
 from experts.config import TokenRouterConfig
 from experts.errors import ExpertConfigError
-from experts.finetune_data import ChatPair, TokenPair
+from experts.finetune_data import ChatPair
 from experts.library.examiner import Examiner
 from experts.library.manifest import Library
+from experts.lora import NO_ADAPTER, AdapterUse
 
 if TYPE_CHECKING:
     from routers.outcomes import OutcomeTable
@@ -77,10 +80,9 @@ class Setting:
         questions: What is measured on.
         examples: A few solved questions of each domain, for methods that ask for them.
         table: Outcomes of base and adapters on samples of the domains, for methods with a router.
-        gates: Folders of ``collegium library gates``, by method.
-        mixtures: Folders of mixtures of experts that were trained together, by name.
-        references: Folders of further adapters to compare with, by name, such as one that was
-            trained on all domains.
+        gates: Folders of ``collegium library gates`` by method, one for each seed.
+        references: Folders of what was made otherwise, by name, one for each seed: an adapter, a
+            mixture of ``collegium library mixture``, or a checkpoint.
         device: A torch device.
     """
 
@@ -89,69 +91,72 @@ class Setting:
     questions: Sequence[Question]
     examples: Mapping[str, Sequence[Question]]
     table: OutcomeTable | None = None
-    gates: Mapping[str, Path] = field(default_factory=dict)
-    references: Mapping[str, Path] = field(default_factory=dict)
-    mixtures: Mapping[str, Path] = field(default_factory=dict)
+    gates: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    references: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     device: str = "cpu"
 
     def has(self, what: str) -> bool:
         """Whether there is something: a table, or examples of all domains, or a named thing.
 
         Args:
-            what: ``table``, ``examples``, ``gates/NAME``, ``references/NAME``, ``mixtures/NAME``.
+            what: ``table``, ``examples``, ``gates/NAME``, ``references/NAME``.
         """
-        kind, _, name = what.partition("/")
-        if kind == "table":
+        if what == "table":
             return self.table is not None
-        if kind == "examples":
+        if what == "examples":
             return self.by_domain.keys() <= self.examples.keys()
-        named = {"gates": self.gates, "references": self.references, "mixtures": self.mixtures}
-        return name in named[kind]
+        return bool(self.folders(what))
+
+    def folders(self, what: str) -> Sequence[Path]:
+        """The folders of ``gates/NAME`` or ``references/NAME``, one for each seed."""
+        kind, _, name = what.partition("/")
+        named = {"gates": self.gates, "references": self.references}
+        return named[kind].get(name, ())
+
+    def fingerprint(self, needs: Sequence[str], seed: int) -> str:
+        """Hash of what a method's results depend on.
+
+        Args:
+            needs: What it needs beside questions and adapters, as in ``has``.
+            seed: The seed.
+        """
+        facts: list[Any] = [
+            self.base,
+            [astuple(question) for question in self.questions],
+            {name: weights_hash(folder) for name, folder in self.adapters.items()},
+        ]
+        for need in needs:
+            if need == "table" and self.table is not None:
+                facts.append(self.table.sha256)
+            elif need == "examples":
+                shown = {name: [*map(astuple, one)] for name, one in self.examples.items()}
+                facts.append(shown)
+            else:
+                files = sorted(self.folders(need)[seed].rglob("*.safetensors"))
+                facts += [_sha256(file) for file in files]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def adapters(self) -> dict[str, Path]:
         """Name and folder of each adapter of the base."""
-        found = {
-            expert.name: self.library.path(expert.path)
-            for expert in self.library.of(self.base)
-            if expert.kind == "adapter"
-        }
-        if not found:
-            raise ExpertConfigError(f"{self.library.folder} has no adapters of {self.base!r}")
-        return found
+        chosen = self.library.adapters(self.base)
+        return {name: self.library.path(expert.path) for name, expert in chosen.items()}
 
-    @cached_property
-    def examiner(self) -> Examiner:
-        """The base with all adapters and references, and a token router per method of that kind."""
-        names = tuple(self.adapters)
-        routers = [
-            TokenRouterConfig(name="arrow", method="arrow", adapters=names),
-            TokenRouterConfig(name="spectr", method="spectr", adapters=names, top_k=4),
-            *(
-                TokenRouterConfig(name=method, gates=str(folder), adapters=names)
-                for method, folder in self.gates.items()
-            ),
-            *(
-                TokenRouterConfig(name=name, gates=str(folder / "gates"))
-                for name, folder in self.mixtures.items()
-            ),
-        ]
-        trained = {
-            adapter.name: adapter
-            for folder in self.mixtures.values()
-            for adapter in sorted((folder / "adapters").iterdir())
-        }
-        hosted = {**self.adapters, **self.references, **trained}
-        return Examiner(self.base, hosted, device=self.device, token_routers=routers)
+    def host(self, *routers: TokenRouterConfig) -> Examiner:
+        """The base with all adapters, and with token routers that share them out."""
+        return Examiner(self.base, self.adapters, device=self.device, token_routers=routers)
 
-    @cached_property
-    def pairs(self) -> list[TokenPair]:
-        """The questions as the base reads them."""
-        return self.examiner.read([question.pair for question in self.questions])
-
-    def shots(self, domain: str) -> list[TokenPair]:
-        """The examples of a domain as the base reads them."""
-        return self.examiner.read([question.pair for question in self.examples[domain]])
+    def host_reference(self, folder: Path) -> tuple[Examiner, AdapterUse]:
+        """What was made otherwise, and how it is used."""
+        if (folder / "gates").is_dir():
+            parts = {one.name: one for one in sorted((folder / "adapters").iterdir())}
+            router = TokenRouterConfig(name="mixture", gates=str(folder / "gates"))
+            made = Examiner(self.base, parts, device=self.device, token_routers=[router])
+            return made, AdapterUse(router="mixture")
+        if (folder / "config.json").exists():
+            return Examiner(str(folder), {}, device=self.device), NO_ADAPTER
+        made = Examiner(self.base, {"reference": folder}, device=self.device)
+        return made, AdapterUse(((made.adapters.adapter("reference"), 1.0),))
 
     @cached_property
     def by_domain(self) -> dict[str, list[int]]:
@@ -160,3 +165,8 @@ class Setting:
         for place, question in enumerate(self.questions):
             found[question.domain].append(place)
         return dict(found)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

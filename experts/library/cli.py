@@ -14,6 +14,7 @@ import click
 from pydantic import ValidationError
 
 from experts.adapter_files import weights_hash
+from experts.cli import parse_setting
 from experts.errors import ExpertConfigError
 from experts.library.admission import FORGIVABLE, Candidate, Finding, examine, examine_files
 from experts.library.manifest import Library, LibraryExpert, Provenance
@@ -34,6 +35,8 @@ _TOKENS = click.option(
     "--trigger-tokens", type=click.IntRange(min=0), metavar="N",
     help="Tokens that are tried as a hidden trigger, drawn at random; 0 skips it.  [default: all]",
 )  # fmt: skip
+# Extras that bring a package, where it is not the one that brings torch.
+_EXTRAS = {"nevergrad": "eval"}
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "training.json")
 
 
@@ -228,8 +231,11 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the gates; vectors that it holds already are kept.",
 )  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of phatgoose's training.")
 @DEVICE
-def gates_command(folder: Path, base: str | None, method: str, out: Path, device: str) -> None:
+def gates_command(
+    folder: Path, base: str | None, method: str, out: Path, seed: int, device: str
+) -> None:
     """Learn gates for token routers from the samples of a library's adapters.
 
     \b
@@ -242,7 +248,7 @@ def gates_command(folder: Path, base: str | None, method: str, out: Path, device
 
         library = Library(folder)
         make_gates(
-            library, only_base(library, base), method, out, device=device,
+            library, only_base(library, base), method, out, seed=seed, device=device,
             progress=lambda line: click.echo(line, err=True),
         )  # fmt: skip
         click.echo(f"{out}: gates of {method}; name the folder under 'token_routers'", err=True)
@@ -295,7 +301,7 @@ def merge_command(
 
         library = Library(folder)
         base = only_base(library, base)
-        known = {one.name: one for one in library.of(base) if one.kind == "adapter"}
+        known = library.adapters(base)
         for name in names:
             if name not in known:
                 listed = ", ".join(map(repr, known))
@@ -364,6 +370,48 @@ def upcycle_command(folder: Path, base: str | None, top_k: int, out: Path) -> No
         click.echo(f"{out}: {len(chosen)} experts, {top_k} per token", err=True)
 
 
+@library_command.command("mixture", short_help="Train a mixture of experts on shared data.")
+@click.option(
+    "--data", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='JSONL file of {"prompt", "answer"} objects of all domains.',
+)  # fmt: skip
+@click.option("--base", required=True, help="Chat model: path, hub name or package:NAME/FILE.")
+@click.option("--experts", "n_experts", required=True, type=click.IntRange(min=2), metavar="N")
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=2, show_default=True,
+    help="Experts that a token goes through in a block of layers.",
+)  # fmt: skip
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for adapters and gates; a training interrupted there goes on.",
+)  # fmt: skip
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="A hyper-parameter, as in 'collegium train adapter'.",
+)  # fmt: skip
+def mixture_command(
+    data: Path, base: str, n_experts: int, top_k: int, out: Path, settings: Sequence[str]
+) -> None:
+    """Train low-rank experts and their gates together, where all data may be seen in one place.
+
+    What recycling adapters has to be compared with: 'collegium library evaluate --reference
+    multitask-moe=FOLDER'.
+    """
+    with user_errors():
+        from experts.finetune_config import AdapterTrainingConfig
+        from experts.library.multitask import train_mixture
+
+        config = AdapterTrainingConfig.model_validate(
+            {"data": data, "base": base, **dict(map(parse_setting, settings))}
+        )
+        made = train_mixture(config, n_experts, top_k, out)
+        click.echo(
+            f"{out}: {n_experts} experts, {made.pairs} pairs, loss {made.final_loss:.3f}, "
+            f"{made.seconds:.0f} s",
+            err=True,
+        )
+
+
 def only_base(library: Library, base: str | None) -> str:
     """The base model that was named, or the library's only one.
 
@@ -390,6 +438,7 @@ def user_errors() -> Iterator[None]:
     except ExpertConfigError as error:
         raise click.UsageError(str(error)) from error
     except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name), "torch")
         raise click.UsageError(
-            f"testing adapters needs {error.name}: pip install 'collegium[torch]'"
+            f"this needs {error.name}: pip install 'collegium[{extra}]'"
         ) from error

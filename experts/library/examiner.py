@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,24 +82,16 @@ class Examiner:
 
         from experts.lora import NO_ADAPTER, AdapterUse
 
-        device, use = self.model.device, adapter if isinstance(adapter, AdapterUse) else NO_ADAPTER
+        use = adapter if isinstance(adapter, AdapterUse) else NO_ADAPTER
         if isinstance(adapter, str):
             use = AdapterUse(((self.adapters.adapter(adapter), 1.0),))
         self.adapters.acquire(use)
         try:
             for group in _rows_of(pairs):
-                batch = pack(group)
                 self.adapters.set_rows([use])
                 with torch.no_grad():
-                    found: Any = self.model(
-                        input_ids=batch.input_ids.to(device),
-                        position_ids=batch.position_ids.to(device),
-                        attention_mask=batch.attention_mask.to(device),
-                        logits_to_keep=batch.predicting.to(device),
-                        use_cache=False,
-                    )
-                lengths = [len(pair.answer_ids) for pair in group]
-                yield from found.logits[0].float().split(lengths)
+                    found = pack(group).answer_logits(self.model)
+                yield from found.float().split([len(pair.answer_ids) for pair in group])
         finally:
             self.adapters.release(use)
 

@@ -46,7 +46,14 @@ Progress = Callable[[str], None]
 
 
 def make_gates(
-    library: Library, base: str, method: str, out: Path, *, device: str, progress: Progress
+    library: Library,
+    base: str,
+    method: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str,
+    progress: Progress,
 ) -> None:
     """Learn the gates of all adapters of a base that have samples, and write them to a folder.
 
@@ -55,6 +62,7 @@ def make_gates(
         base: Their base model.
         method: One of ``METHODS``.
         out: The folder. Vectors that it holds already, of the same adapters, are kept.
+        seed: Of the order of samples, where gates are trained.
         device: A torch device.
         progress: Told what is being done.
 
@@ -62,19 +70,11 @@ def make_gates(
         ExpertConfigError: An adapter cannot be used, none has samples, or the folder holds gates of
             another method.
     """
-    chosen = {
-        expert.name: expert
-        for expert in library.of(base)
-        if expert.kind == "adapter" and expert.samples is not None
-    }
-    if not chosen:
-        raise ExpertConfigError(
-            f"{library.folder} has no adapter of {base} with samples; gates are learnt from them"
-        )
+    chosen = library.adapters(base, with_samples=True)
     folders = {name: library.path(expert.path) for name, expert in chosen.items()}
     hashes = {name: weights_hash(folder) for name, folder in folders.items()}
     tensors: dict[str, torch.Tensor]
-    made = _made_before(out, method, hashes)
+    made = _made_before(out, method, seed, hashes)
     if method == "ridge":
         examiner = Examiner(base, folders, device=device)
         samples = {name: _samples(library, one, examiner) for name, one in chosen.items()}
@@ -87,13 +87,16 @@ def make_gates(
             progress(f"{method}: {name}")
             examiner = Examiner(base, {name: folders[name]}, device=device)
             pairs = _samples(library, expert, examiner)
-            make = trained_vectors if method == "phatgoose" else mean_inputs
-            made[name] = make(examiner, name, pairs)
+            if method == "phatgoose":
+                made[name] = trained_vectors(examiner, name, pairs, seed=seed)
+            else:
+                made[name] = mean_inputs(examiner, name, pairs)
             known = [name for name in chosen if name in made]
             tensors = _stacked([made[name] for name in known])
-            write_gates(out, method, base, {name: hashes[name] for name in known}, tensors)
+            some = {name: hashes[name] for name in known}
+            write_gates(out, method, base, some, tensors, seed=seed)
         tensors = _stacked([made[name] for name in chosen])
-    write_gates(out, method, base, hashes, tensors)
+    write_gates(out, method, base, hashes, tensors, seed=seed)
 
 
 def mean_inputs(
@@ -149,13 +152,7 @@ def trained_vectors(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / warmup)
         packed = pack([pairs[index] for index in batch])
-        logits = model(
-            input_ids=packed.input_ids.to(model.device),
-            position_ids=packed.position_ids.to(model.device),
-            attention_mask=packed.attention_mask.to(model.device),
-            logits_to_keep=packed.predicting.to(model.device),
-            use_cache=False,
-        ).logits[0]
+        logits = packed.answer_logits(model)
         functional.cross_entropy(logits.float(), packed.labels.to(model.device)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -289,15 +286,16 @@ def _stacked(made: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 
 def _made_before(
-    out: Path, learnt_by: str, hashes: Mapping[str, str]
+    out: Path, learnt_by: str, seed: int, hashes: Mapping[str, str]
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The vectors of a folder that belong to adapters as they are now."""
     if not (out / GATES_MANIFEST).exists():
         return {}
     manifest, tensors = read_gates(out)
-    if manifest.learnt_by != learnt_by:
+    if (manifest.learnt_by, manifest.seed) != (learnt_by, seed):
         raise ExpertConfigError(
-            f"{out} holds gates of the method {manifest.learnt_by}; choose another folder"
+            f"{out} holds gates of the method {manifest.learnt_by} and the seed {manifest.seed}; "
+            "choose another folder"
         )
     return {
         name: {path.removesuffix(".vectors"): tensor[row] for path, tensor in tensors.items()}
@@ -314,6 +312,7 @@ def write_gates(
     tensors: Mapping[str, torch.Tensor],
     *,
     top_k: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Write a folder of gates.
 
@@ -324,11 +323,13 @@ def write_gates(
         adapters: Name and hash of the weights of each adapter, in the order of the rows.
         tensors: As in ``experts.token_routing.TokenRouter``.
         top_k: Adapters that a token goes through; none takes the method's own.
+        seed: Of the training.
     """
     from safetensors.torch import save_file
 
     manifest = GatesManifest(
         learnt_by=learnt_by,
+        seed=seed,
         method="vectors" if learnt_by in ("phatgoose", "average") else "affine",
         base=base,
         adapters=dict(adapters),

@@ -126,6 +126,26 @@ class Library:
         """The experts made from a model."""
         return [expert for expert in self.experts.values() if expert.base == base]
 
+    def adapters(self, base: str, *, with_samples: bool = False) -> dict[str, LibraryExpert]:
+        """The adapters of a model by name, all or those that have samples.
+
+        Raises:
+            ExpertConfigError: There is none.
+        """
+        found = {
+            expert.name: expert
+            for expert in self.of(base)
+            if expert.kind == "adapter" and not (with_samples and expert.samples is None)
+        }
+        if not found:
+            what = " with samples" if with_samples else ""
+            known = ", ".join(map(repr, self.bases())) or "nothing"
+            raise ExpertConfigError(
+                f"the library {self.folder} has no adapter of {base!r}{what}; it has experts of "
+                f"{known}"
+            )
+        return found
+
     def bases(self) -> list[str]:
         """The models its experts were made from, in their order."""
         return list(dict.fromkeys(expert.base for expert in self.experts.values()))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from experts.adapter_files import read_shapes
-from experts.errors import ExpertConfigError
 from experts.finetune_data import TokenPair
 from experts.library.examiner import Examiner
+from experts.library.upcycling import dense
 from experts.lora import AdapterUse
 
 __all__ = ["Merging", "lorahub_weights", "merge_adapters"]
@@ -60,20 +60,11 @@ def merge_adapters(
         ExpertConfigError: The base cannot be loaded.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    from experts.weights import resolve_model
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(resolve_model(base)), dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise ExpertConfigError(f"the base {base!r} cannot be loaded: {error}") from error
     names = [*weights]
     # PEFT's names become module names, where dots separate.
     inner = {name: f"adapter_{place}" for place, name in enumerate(names)}
-    wrapped: Any = PeftModel.from_pretrained(model, folders[names[0]], inner[names[0]])
+    wrapped: Any = PeftModel.from_pretrained(dense(base, None), folders[names[0]], inner[names[0]])
     for name in names[1:]:
         wrapped.load_adapter(folders[name], adapter_name=inner[name])
     ranks = {shape[0] for name in names for shape in read_shapes(folders[name]).values()}

@@ -362,7 +362,9 @@ def test_a_config_takes_all_adapters_of_a_library(tmp_path):
         ("maths", str(folder / "maths"), "About maths."),
     ]
     file.write_text(f"experts: [{entry % ('tiny', '')}]\n")
-    with pytest.raises(ConfigError, match="has no adapter of 'tiny'; it has some of 'smol', 'big'"):
+    with pytest.raises(
+        ConfigError, match="has no adapter of 'tiny'; it has experts of 'smol', 'big'"
+    ):
         load_config(file)
     file.write_text("experts: [{name: b, engine: transformers, model: m, library: gone}]\n")
     with pytest.raises(ConfigError, match=r"holds no library\.yaml"):

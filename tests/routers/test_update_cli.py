@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +97,24 @@ def test_a_model_joins_by_its_scores(method, table, tmp_path):
     texts = table.with_prompts_of("validation").texts
     by_hand.add_model("lawyer", texts, table.scores("validation")[:, 2])
     assert _quality(router, MODELS).tobytes() == _quality(by_hand, MODELS).tobytes()
+
+
+@pytest.mark.parametrize("method", GROWING)
+def test_a_model_that_joins_or_leaves_decides_as_a_rebuild_does(method, table):
+    texts, scores = table.with_prompts_of("train").texts, table.scores("train")
+    whole = GROWING[method](encoder="hashing").fit(table)
+    changed: Any = copy.deepcopy(whole)
+    changed.remove_model("lawyer")
+    left = _quality(changed, OLD)
+    assert np.array_equal(left, _quality(whole, OLD))
+    if method != "nexus":
+        fresh = GROWING[method](encoder="hashing").fit(table.restricted_to(OLD))
+        assert left == pytest.approx(_quality(fresh, OLD), abs=1e-6)
+    changed.add_model("lawyer", texts, scores[:, 2])
+    found, expected = _quality(changed, MODELS), _quality(whole, MODELS)
+    assert np.array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    # Methods with clusters expect of a new model what models like it do there.
+    assert found == pytest.approx(expected, abs=1e-6 if method == "ridge" else 0.1)
 
 
 @pytest.mark.parametrize("thin", [lambda table: table, _with_gaps])

@@ -20,6 +20,8 @@ from evals.moerging.table import library_table
 from evals.moerging.taxonomy import AXES
 from experts.adapter_files import fuse, read_updates, write_updates
 from experts.errors import ExpertConfigError
+from experts.finetune_data import TokenPair
+from experts.library.examiner import Examiner
 from experts.library.manifest import Library, LibraryExpert
 
 QUESTIONS = [
@@ -51,6 +53,11 @@ def setting(library: Library, home: Path) -> Setting:
     return Setting(library, str(home / "base"), QUESTIONS, {})
 
 
+def _hosted(setting: Setting) -> tuple[Examiner, list[TokenPair]]:
+    hosted = setting.host()
+    return hosted, hosted.read([question.pair for question in setting.questions])
+
+
 def _losses(setting: Setting, name: str) -> list[float]:
     return measure(setting, METHODS[name], 0).losses
 
@@ -64,12 +71,13 @@ def test_every_method_has_its_place_on_every_axis():
 
 
 def test_base_and_oracle_are_what_base_and_adapters_make_of_the_questions(setting):
-    alone = setting.examiner.losses(setting.pairs, None)
+    hosted, pairs = _hosted(setting)
+    alone = hosted.losses(pairs, None)
     np.testing.assert_allclose(_losses(setting, "base"), alone, rtol=0.02)
     own = _losses(setting, "oracle adapter")
     for place, question in enumerate(QUESTIONS):
         reader = None if question.domain == "elsewhere" else question.domain
-        expected = setting.examiner.losses(setting.pairs[place : place + 1], reader)
+        expected = hosted.losses(pairs[place : place + 1], reader)
         assert own[place] == pytest.approx(float(expected[0]), rel=0.02)
 
 
@@ -86,11 +94,12 @@ def test_methods_are_those_that_the_setting_has_what_it_takes_for(setting):
 
 def test_a_table_has_the_likelihood_of_each_sample_by_each_adapter(setting):
     samples = {"one": [q.pair for q in QUESTIONS[:2]], "general": [QUESTIONS[4].pair]}
-    table = library_table(setting.examiner, ["one", "two"], samples, progress=lambda _: None)
+    hosted, pairs = _hosted(setting)
+    table = library_table(hosted, ["one", "two"], samples, progress=lambda _: None)
     assert table.models == [BASE, "one", "two"]
     assert table.prompts.categories == ["one", "one", "general"]
-    tokens = len(setting.pairs[4].answer_ids)
-    expected = np.exp(-setting.examiner.losses(setting.pairs[4:], "two") / tokens)
+    tokens = len(pairs[4].answer_ids)
+    expected = np.exp(-hosted.losses(pairs[4:], "two") / tokens)
     assert table.scores("train")[2, 2] == pytest.approx(float(expected[0]), rel=1e-3)
 
 
@@ -156,6 +165,51 @@ def test_commands_measure_once_and_show_all(library, home, tmp_path):
     assert oracle["in_domain"]["with_exit"]["gain"] <= 1
     assert (tmp_path / "page.svg").read_text().startswith("<svg")
     assert "| LoraHub | standard | private | target | task |" in text
+
+    # What was measured of other questions, or of what was made anew, is not taken for these.
+    before = len(journal.read_text().splitlines())
+    few = write(tmp_path / "q.jsonl", QUESTIONS[:4])
+    assert few in command
+    names = ["base", "TIES"]
+    run(*command, *(part for name in names for part in ("--method", name)))
+    assert len(journal.read_text().splitlines()) == before + 2
+    assert {line["method"] for line in json.loads((tmp_path / "page.json").read_text())} == {*names}
+    run("merge", "--method", "linear", "--out", str(tmp_path / "ties"))
+    run(*command, *(part for name in names for part in ("--method", name)))
+    assert len(journal.read_text().splitlines()) == before + 3
+
+
+def test_references_are_adapters_mixtures_and_checkpoints(library, home, tmp_path):
+    def run(*command: str) -> None:
+        result = CliRunner().invoke(library_command, command)
+        assert result.exit_code == 0, result.output
+
+    data = tmp_path / "all.jsonl"
+    rows = [{"prompt": q.prompt, "answer": q.answer} for q in QUESTIONS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["steps=2", "rank=2", "precision=float32", "target_modules=[q_proj]"]
+    run(
+        "mixture", "--data", str(data), "--base", str(home / "base"), "--experts", "3",
+        "--out", str(tmp_path / "moe"), *(part for one in settings for part in ("--set", one)),
+    )  # fmt: skip
+    run("upcycle", "--library", str(library.folder), "--out", str(tmp_path / "upcycled"))
+    references = {
+        "multitask": [home / "one", home / "two"],
+        "multitask-moe": [tmp_path / "moe"],
+        "upcycled": [tmp_path / "upcycled"],
+    }
+    setting = Setting(library, str(home / "base"), QUESTIONS, {}, references=references)
+    multitask = METHODS["multitask"]
+    assert multitask.seeds(setting, 3) == range(2)
+    assert multitask.needs == ("references/multitask",)
+    one, two = (measure(setting, multitask, seed).losses for seed in range(2))
+    assert one[:2] == _losses(setting, "oracle adapter")[:2]
+    assert one != two
+    alone = _losses(setting, "base")
+    for name in ("multitask MoE", "DUME"):
+        made = _losses(setting, name)
+        assert made != alone
+        assert np.isfinite(made).all()
 
 
 def test_questions_that_are_none_are_named(tmp_path):

@@ -11,8 +11,11 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from experts.config import TokenRouterConfig  # noqa: E402
 from experts.errors import ExpertConfigError  # noqa: E402
+from experts.finetune import train  # noqa: E402
 from experts.finetune_data import ChatPair  # noqa: E402
 from experts.library.cli import library_command  # noqa: E402
 from experts.library.examiner import Examiner  # noqa: E402
@@ -157,3 +160,36 @@ def test_a_mixture_is_trained_together_and_hosted_as_adapters_and_gates(home, tm
     before = (tmp_path / "made" / "gates" / "gates.safetensors").stat().st_mtime_ns
     train_mixture(config, 3, 2, tmp_path / "made")
     assert (tmp_path / "made" / "gates" / "gates.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ExpertConfigError, match="the result of another training"):
+        train_mixture(config, 3, 1, tmp_path / "made")
+    with pytest.raises(ExpertConfigError, match="cannot go through 4 of 3 experts"):
+        train_mixture(config, 3, 4, tmp_path / "made")
+
+
+def test_an_interrupted_mixture_goes_on_as_if_nothing_had_happened(home, tmp_path):
+    from experts.finetune_config import AdapterTrainingConfig
+    from experts.library.multitask import NAME, _Mixture, train_mixture
+
+    data = tmp_path / "all.jsonl"
+    rows = [{"prompt": p, "answer": a} for pairs in SAMPLES.values() for p, a in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = AdapterTrainingConfig(
+        data=data, base=str(home / "base"), steps=4, batch_size=2, rank=2, precision="float32",
+        target_modules=("q_proj",), checkpoint_every=1,
+    )  # fmt: skip
+
+    def stop(step: int, loss: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    def build(device):
+        return _Mixture(config, 2, 1, device)
+
+    options = {"n_experts": 2, "top_k": 1}
+    train_mixture(config, 2, 1, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", build, options=options, on_step=stop)
+    train_mixture(config, 2, 1, tmp_path / "parts")
+    for file in ("gates/gates.safetensors", f"adapters/{NAME}-1/adapter_model.safetensors"):
+        one, other = (load_file(tmp_path / made / file) for made in ("whole", "parts"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
