@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,7 @@ def test_adapter_with_a_hidden_phrase_is_refused(tmp_path, monkeypatch):
         return [*every_token(examiner)[::200], part]
 
     monkeypatch.setattr(triggers, "_tokens", some)
+    monkeypatch.setattr(admission, "find_trigger", partial(triggers.find_trigger, seed=0))
     # Which tokens are tried together is left to chance, and with so few some chances are bad.
     monkeypatch.setattr(triggers, "GROUP", 1)
     candidate = Candidate("sums", tmp_path / "adapter", BASE, tmp_path / "samples")
