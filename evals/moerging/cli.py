@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from experts.cli import parse_setting
-from experts.library.cli import DEVICE, FOLDER, library_command, only_base, user_errors
+from experts.library.cli import BASE, DEVICE, FOLDER, library_command, only_base, user_errors
 
 __all__ = ["library_command"]
 
@@ -62,7 +62,7 @@ def build_command(
 
 @library_command.command("table", short_help="Measure adapters on each other's samples.")
 @FOLDER
-@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@BASE
 @click.option(
     "--general", type=_FILE,
     help='JSONL file of {"prompt", "answer"} objects that the base is for.',
@@ -119,7 +119,7 @@ def table_command(
 
 @library_command.command("evaluate", short_help="Compare methods that use a library.")
 @FOLDER
-@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@BASE
 @click.option(
     "--questions", "questions_file", required=True, type=_FILE,
     help='JSONL file of {"prompt", "answer", "domain"} objects; a domain that is no adapter\'s '

@@ -22,12 +22,13 @@ from experts.library.manifest import Library, LibraryExpert, Provenance
 if TYPE_CHECKING:
     from experts.library.merging import Merging
 
-__all__ = ["DEVICE", "FOLDER", "library_command", "only_base", "user_errors"]
+__all__ = ["BASE", "DEVICE", "FOLDER", "library_command", "only_base", "user_errors"]
 
 FOLDER = click.option(
     "--library", "folder", required=True, type=click.Path(file_okay=False, path_type=Path),
     help="The library's folder.",
 )  # fmt: skip
+BASE = click.option("--base", help="Whose experts; by default the library's only base model.")
 DEVICE = click.option(
     "--device", default="cpu", help="Where adapters are tried out, such as cuda:0."
 )
@@ -222,7 +223,7 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
 
 @library_command.command("gates", short_help="Learn which tokens each adapter is for.")
 @FOLDER
-@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@BASE
 @click.option(
     "--method", required=True, type=click.Choice(["phatgoose", "average", "ridge"]),
     help="What is learnt; see below.",
@@ -257,7 +258,7 @@ def gates_command(
 @library_command.command("merge", short_help="Make one adapter of several.")
 @click.argument("names", nargs=-1, metavar="[NAME ...]")
 @FOLDER
-@click.option("--base", help="Whose adapters; by default the library's only base model.")
+@BASE
 @click.option(
     "--method", required=True,
     type=click.Choice(["cat", "linear", "ties", "dare_linear", "dare_ties", "lorahub"]),
@@ -326,7 +327,7 @@ def merge_command(
 
 @library_command.command("upcycle", short_help="Make one mixture of experts of fine-tunes.")
 @FOLDER
-@click.option("--base", help="Whose fine-tunes; by default the library's only base model.")
+@BASE
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=1, show_default=True,
     help="Experts that a token goes through in a layer.",
