@@ -19,6 +19,8 @@ from evals.moerging.setting import Setting
 
 __all__ = ["Journal", "Measured", "Summary", "measure", "summarise", "with_exit"]
 
+COMPARE_EVERY = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -32,6 +34,8 @@ class Measured:
         exact: Whether greedy decoding writes just the answer; shape (n_questions,).
         choosing_ms: Milliseconds to choose, a question.
         reading_ms: Milliseconds to read question and answer once that is known, a question.
+        relative_time: Of reading, to the base's without adapters on the same questions, a part of
+            them, at the same time.
     """
 
     method: str
@@ -41,6 +45,7 @@ class Measured:
     exact: list[int]
     choosing_ms: float
     reading_ms: float
+    relative_time: float
 
 
 def measure(
@@ -52,15 +57,24 @@ def measure(
     for places in setting.by_domain.values():
         choose(places[0])
     losses, tokens, exact = [], [], []
-    choosing = reading = 0.0
+    choosing = reading = compared = alone = 0.0
     pairs = examiner.read([question.pair for question in setting.questions])
+    # Nor is what a model does once.
+    for reader, use in ((examiner, choose(0)), (setting.plain, None)):
+        list(reader.logits(pairs[:1], use))
     for place, pair in enumerate(pairs):
         started = time.perf_counter()
         use = choose(place)
         chosen = time.perf_counter()
         (logits,) = examiner.logits([pair], use)
-        reading += time.perf_counter() - chosen
+        read = time.perf_counter()
         choosing += chosen - started
+        reading += read - chosen
+        if place % COMPARE_EVERY == 0:
+            # Machines drift, so the base is timed along with every method.
+            list(setting.plain.logits([pair], None))
+            alone += time.perf_counter() - read
+            compared += read - chosen
         targets = torch.tensor(pair.answer_ids, device=logits.device)
         losses.append(float(functional.cross_entropy(logits, targets, reduction="sum")))
         tokens.append(len(pair.answer_ids))
@@ -68,7 +82,9 @@ def measure(
         if on_question:
             on_question()
     each = 1000 / len(pairs)
-    return Measured(method.name, seed, losses, tokens, exact, choosing * each, reading * each)
+    return Measured(
+        method.name, seed, losses, tokens, exact, choosing * each, reading * each, compared / alone
+    )
 
 
 class Journal:

@@ -142,6 +142,11 @@ class Setting:
         chosen = self.library.adapters(self.base)
         return {name: self.library.path(expert.path) for name, expert in chosen.items()}
 
+    @cached_property
+    def plain(self) -> Examiner:
+        """The base with nothing around it."""
+        return Examiner(self.base, {}, device=self.device)
+
     def host(self, *routers: TokenRouterConfig) -> Examiner:
         """The base with all adapters, and with token routers that share them out."""
         return Examiner(self.base, self.adapters, device=self.device, token_routers=routers)

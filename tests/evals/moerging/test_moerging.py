@@ -105,7 +105,7 @@ def test_a_table_has_the_likelihood_of_each_sample_by_each_adapter(setting):
 
 def test_gains_are_shares_of_the_oracles():
     def made(losses: list[float], exact: list[int]) -> Measured:
-        return Measured("m", 0, losses, [2, 2], exact, 0.0, 1.0)
+        return Measured("m", 0, losses, [2, 2], exact, 0.0, 1.0, 1.0)
 
     base, oracle = made([4.0, 8.0], [0, 0]), made([2.0, 2.0], [1, 1])
     found = summarise(
@@ -119,8 +119,8 @@ def test_gains_are_shares_of_the_oracles():
 
 
 def test_with_an_exit_the_base_answers_what_is_left_to_it():
-    made = Measured("m", 0, [1.0, 2.0], [2, 2], [1, 0], 0.0, 1.0)
-    base = Measured("base", 0, [5.0, 6.0], [2, 2], [0, 1], 0.0, 1.0)
+    made = Measured("m", 0, [1.0, 2.0], [2, 2], [1, 0], 0.0, 1.0, 1.0)
+    base = Measured("base", 0, [5.0, 6.0], [2, 2], [0, 1], 0.0, 1.0, 1.0)
     left = with_exit(made, base, [False, True])
     assert (left.losses, left.exact) == ([1.0, 6.0], [1, 1])
 
