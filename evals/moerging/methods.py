@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from evals.moerging.setting import BASE, Setting
+from evals.moerging.setting import BASE, Question, Setting
 from evals.moerging.taxonomy import Taxonomy
 from experts.config import TokenRouterConfig
 from experts.errors import ExpertConfigError
@@ -128,11 +128,7 @@ def _lorahub(setting: Setting, seed: int) -> Ready:
 
 
 def _routed(
-    router: str,
-    strategy: MixStrategy | None = None,
-    *,
-    by_domain: bool = False,
-    **options: Any,
+    router: str, strategy: MixStrategy | None = None, *, by_domain: bool = False
 ) -> Callable[[Setting, int], Ready]:
     """A router of the project that was fitted on the setting's table, and what follows from it.
 
@@ -140,31 +136,39 @@ def _routed(
         router: Its name.
         strategy: How adapters are mixed; none takes the best.
         by_domain: Whether one choice is made for each domain, by its examples.
-        **options: Of the router.
     """
 
     def prepare(setting: Setting, seed: int) -> Ready:
         from routers.registry import get_router_class
 
         assert setting.table is not None
-        made: TrainableRouter = get_router_class(router)(**options)
+        made: TrainableRouter = get_router_class(router)()
         fitted = made.fit(setting.table)
         names = [BASE, *setting.adapters]
         hosted = setting.host()
 
-        def choose(place: int) -> AdapterUse:
-            asked = setting.questions[place]
-            by = setting.examples[asked.domain] if by_domain else [asked]
-            quality = fitted.predict([Query(one.prompt) for one in by], names).quality.mean(0)
+        soups: dict[str, AdapterUse] = {}
+
+        def by(asked: Sequence[Question]) -> AdapterUse:
+            queries = [Query(one.prompt) for one in asked]
+            quality = fitted.predict(queries, names).quality.mean(axis=0)
             ranked = sorted(zip(names, map(float, quality), strict=True), key=lambda one: -one[1])
+            if strategy is None:
+                best = ranked[0][0]
+                return _mixed(hosted, {} if best == BASE else {best: 1.0}, "outputs")
             decision = Decision(
                 experts=tuple(name for name, _ in ranked),
                 candidates=tuple(Candidate(name, quality=value) for name, value in ranked),
             )
-            if strategy is not None:
-                return _mixed(hosted, strategy.shares(decision), strategy.merging)
-            best = ranked[0][0]
-            return _mixed(hosted, {} if best == BASE else {best: 1.0}, "outputs")
+            return _mixed(hosted, strategy.shares(decision), strategy.merging)
+
+        def choose(place: int) -> AdapterUse:
+            asked = setting.questions[place]
+            if not by_domain:
+                return by([asked])
+            if asked.domain not in soups:
+                soups[asked.domain] = by(setting.examples[asked.domain])
+            return soups[asked.domain]
 
         return Ready(hosted, choose)
 

@@ -147,7 +147,10 @@ def test_commands_measure_once_and_show_all(library, home, tmp_path):
         "--table", str(tmp_path / "table"), "--reference", f"ties={tmp_path / 'ties'}",
         "--out", str(tmp_path / "page"), "--seeds", "2",
     ]  # fmt: skip
-    chosen = ["base", "oracle adapter", "TIES", "kNN", "LoraRetriever fusion", "TTMM", "LoraHub"]
+    chosen = [
+        "base", "oracle adapter", "TIES", "kNN", "LoraRetriever fusion", "TTMM", "AdapterSoup",
+        "LoraHub",
+    ]  # fmt: skip
     text = run(*command, *(part for name in chosen[:5] for part in ("--method", name)))
     assert "| LoraRetriever fusion |" in text
     journal = tmp_path / "page_answers.jsonl"
