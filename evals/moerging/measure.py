@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,8 @@ class Journal:
     def __init__(self, file: Path, setting: Setting) -> None:
         self._file = file
         self._setting = setting
+        # Checkpoints are hashed too, which takes seconds.
+        self._of = cache(self._fingerprint)
 
     def read(self, method: Method) -> list[Measured]:
         """What was measured of a method in this setting; of others there is nothing to see."""
@@ -118,7 +121,7 @@ class Journal:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _of(self, method: Method, seed: int) -> str:
+    def _fingerprint(self, method: Method, seed: int) -> str:
         if seed not in method.seeds(self._setting, seed + 1):
             return ""
         return self._setting.fingerprint(method.needs, seed)
