@@ -28,10 +28,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
     home = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(NAMES):
-        torch.manual_seed(seed)
         settings = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"],
                               task_type="CAUSAL_LM", init_lora_weights=False)  # fmt: skip
-        get_peft_model(_model(), settings).save_pretrained(home / name)
+        model = _model()
+        # Behind the model, which has a seed of its own.
+        torch.manual_seed(seed)
+        get_peft_model(model, settings).save_pretrained(home / name)
     return {name: home / name for name in NAMES}
 
 
@@ -130,6 +132,18 @@ def test_more_adapters_than_memory_has_room_for_answer_as_if_all_were_there(open
     model, slots = opened(n_slots=2)
     for name in [*NAMES, *reversed(NAMES), "a", "c", "a", "d"]:
         assert torch.equal(_logits(model, slots, [_mixed(slots, **{name: 1.0})]), expected[name])
+
+
+def test_rows_of_a_batch_change_their_adapters_from_pass_to_pass(opened):
+    model, slots = opened()
+    expected = {
+        name: _logits(model, slots, [_mixed(slots, **{name: 1.0})] * 4)[0] for name in NAMES
+    }
+    model, slots = opened(n_slots=2)
+    for rows in ("aabb", "abab", "ccdd", "ddd", "ccddcc", "ecec", "aaaa"):
+        found = _logits(model, slots, [_mixed(slots, **{name: 1.0}) for name in rows])
+        for name, logits in zip(rows, found, strict=True):
+            torch.testing.assert_close(logits, expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_adapters_in_use_stay_and_the_longest_unused_goes(opened):
