@@ -21,9 +21,20 @@ TEXTS = {
 QUERIES = [Query("bake an onion"), Query("appeal to the court"), Query("river city music")]
 
 
-def _table(*domains: str) -> OutcomeTable:
+class Compass:
+    """Texts are angles in degrees, so cosines are known."""
+
+    name, revision, width = "compass", "1", 2
+
+    def encode(self, texts) -> np.ndarray:
+        """Return shape (n_texts, 2)."""
+        angles = np.radians([float(text) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def _table(*domains: str, texts: dict[str, list[str]] = TEXTS) -> OutcomeTable:
     """The texts of some domains, each scored by a base and by the domains' models."""
-    rows = [(text, domain) for domain in domains for text in TEXTS[domain]]
+    rows = [(text, domain) for domain in domains for text in texts[domain]]
     models = ["base", *(domain for domain in domains if domain != "general")]
     prompts = Prompts(
         [str(n) for n in range(len(rows))], [text for text, _ in rows], [own for _, own in rows]
@@ -56,6 +67,40 @@ def test_log_odds_are_ttmms_exponents_and_a_base_is_the_threshold():
         rel=1e-4,
     )
     assert (quality[1:] > 0.5).tolist() == [cos > 0.4 for cos in cosines]
+
+
+def _compass(threshold: float, **angles: list[int]) -> CentroidsRouter:
+    """Of domains whose means have the same length and lie evenly around, so their mean is 0."""
+    texts = {name: [str(angle) for angle in found] for name, found in angles.items()}
+    router = CentroidsRouter(encoder=Compass(), threshold=threshold)
+    return router.fit(_table(*texts, texts=texts), split="all")
+
+
+def _chosen(router: CentroidsRouter, angle: int, *names: str) -> str:
+    return names[router.predict([Query(str(angle))], list(names)).quality[0].argmax()]
+
+
+def test_a_model_whose_texts_lie_apart_takes_what_is_as_near_as_they_are():
+    spread = [-60, -45, -30, -15, 15, 30, 45, 60]
+    wide = _compass(0.9, east=spread, west=[180 + angle for angle in spread])
+    # The mean of the others lies 8 degrees on the other side of a text at 60.
+    own = Compass().encode([str(angle) for angle in spread]).astype(float)
+    rest = own.sum(0) - own[-1]
+    edge = math.degrees(math.acos(own[-1] @ rest / np.linalg.norm(rest)))
+    assert 67 < edge < 69
+    assert _chosen(wide, 66, "base", "east", "west") == "east"
+    assert _chosen(wide, 70, "base", "east", "west") == "base"
+    # Of seven texts one does not know how far apart they lie.
+    few = spread[1:]
+    unknown = _compass(0.9, east=few, west=[180 + angle for angle in few])
+    assert _chosen(unknown, 45, "base", "east", "west") == "base"
+    assert _chosen(unknown, 20, "base", "east", "west") == "east"
+
+
+def test_what_is_nearer_to_texts_that_are_no_models_goes_to_the_base():
+    router = _compass(0.1, east=[0], west=[120], general=[240])
+    assert _chosen(router, 305, "base", "east", "west") == "east"
+    assert _chosen(router, 295, "base", "east", "west") == "base"
 
 
 def test_a_model_that_joins_or_leaves_gives_what_a_rebuild_does():
