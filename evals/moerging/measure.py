@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from evals.metrics import Estimate, bootstrap_mean
+from evals.metrics import Estimate, Resamples, bootstrap_mean
 from evals.moerging.methods import Method
 from evals.moerging.setting import Setting
 
@@ -156,7 +156,7 @@ class Summary:
     loss_less_base: Estimate
     exact: Estimate
     exact_less_base: Estimate
-    gain: float | None
+    gain: Estimate | None
 
 
 def summarise(
@@ -184,7 +184,11 @@ def summarise(
     gain = None
     if oracle is not None:
         best = mean([oracle], "losses") / tokens
-        gain = float((alone - losses).mean() / (alone - best).mean())
+        gains = np.stack([alone - losses, alone - best], axis=1)
+        resamples = Resamples(len(places))
+        drawn, most = resamples.totals(gains).T
+        value = float(gains[:, 0].sum() / gains[:, 1].sum())
+        gain = resamples.estimate(value, drawn / most, len(places))
     return Summary(
         loss=bootstrap_mean(losses),
         loss_less_base=bootstrap_mean(losses - alone),

@@ -71,7 +71,7 @@ def _plain(summary: Summary) -> dict[str, Any]:
         name: getattr(summary, name)._asdict()
         for name in ("loss", "loss_less_base", "exact", "exact_less_base")
     }
-    return found | {"gain": summary.gain}
+    return found | {"gain": None if summary.gain is None else summary.gain._asdict()}
 
 
 def as_markdown(lines: Sequence[Mapping[str, Any]], title: str, about: str) -> str:
@@ -84,7 +84,7 @@ def as_markdown(lines: Sequence[Mapping[str, Any]], title: str, about: str) -> s
     ]
     columns += ["of the oracle's gain"]
     if exits:
-        columns += ["gain with exit", "out of domain less the base's, with exit"]
+        columns += ["of the oracle's gain, with exit", "out of domain less the base's, with exit"]
     text = [f"# {title}", "", about, "", "## Results", ""]
     text += _head(["method", *columns, "ms to choose", "time to read, of the base's"])
     for line in lines:
@@ -123,7 +123,9 @@ def _head(columns: Sequence[str]) -> list[str]:
 
 def _share(found: Mapping[str, Any]) -> str:
     gain = found.get("gain")
-    return "" if gain is None else f"{gain:.1%}"
+    if gain is None:
+        return ""
+    return f"{gain['mean']:.1%} ({gain['low']:.1%} to {gain['high']:.1%})"
 
 
 def _with_interval(found: Mapping[str, float]) -> str:

@@ -77,7 +77,7 @@ def _compass(threshold: float, **angles: list[int]) -> CentroidsRouter:
 
 
 def _chosen(router: CentroidsRouter, angle: int, *names: str) -> str:
-    return names[router.predict([Query(str(angle))], list(names)).quality[0].argmax()]
+    return names[int(router.predict([Query(str(angle))], list(names)).quality[0].argmax())]
 
 
 def test_a_model_whose_texts_lie_apart_takes_what_is_as_near_as_they_are():
