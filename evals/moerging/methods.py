@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from evals.moerging.setting import BASE, Question, Setting
+from evals.moerging.setting import BASE_NAME, Question, Setting
 from evals.moerging.taxonomy import Taxonomy
 from experts.config import TokenRouterConfig
 from experts.errors import ExpertConfigError
@@ -144,7 +144,7 @@ def _routed(
         assert setting.table is not None
         made: TrainableRouter = get_router_class(router)()
         fitted = made.fit(setting.table)
-        names = [BASE, *setting.adapters]
+        names = [BASE_NAME, *setting.adapters]
         hosted = setting.host()
 
         soups: dict[str, AdapterUse] = {}
@@ -155,7 +155,7 @@ def _routed(
             ranked = sorted(zip(names, map(float, quality), strict=True), key=lambda one: -one[1])
             if strategy is None:
                 best = ranked[0][0]
-                return _mixed(hosted, {} if best == BASE else {best: 1.0}, "outputs")
+                return _mixed(hosted, {} if best == BASE_NAME else {best: 1.0}, "outputs")
             decision = Decision(
                 experts=tuple(name for name, _ in ranked),
                 candidates=tuple(Candidate(name, quality=value) for name, value in ranked),
@@ -178,7 +178,7 @@ def _routed(
 def bases_own(setting: Setting) -> list[bool]:
     """Which questions the router ``centroids`` leaves to the base: near no adapter's samples."""
     assert setting.table is not None
-    names = [BASE, *setting.adapters]
+    names = [BASE_NAME, *setting.adapters]
     fitted = CentroidsRouter().fit(setting.table)
     asked = [Query(question.prompt) for question in setting.questions]
     return [bool(row.argmax() == 0) for row in fitted.predict(asked, names).quality]
@@ -194,7 +194,7 @@ def _mixed(hosted: Examiner, shares: Mapping[str, float], merging: str) -> Adapt
 
 
 def _mix(**settings: Any) -> MixStrategy:
-    return MixStrategy.model_validate({"type": "mix", "base": BASE, **settings})
+    return MixStrategy.model_validate({"type": "mix", "base": BASE_NAME, **settings})
 
 
 _UNTRAINED = Taxonomy(granularity="task", selection="dense", aggregation="parameters")

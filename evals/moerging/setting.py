@@ -22,9 +22,9 @@ from experts.lora import NO_ADAPTER, AdapterUse
 if TYPE_CHECKING:
     from routers.outcomes import OutcomeTable
 
-__all__ = ["BASE", "Question", "Setting", "read_questions"]
+__all__ = ["BASE_NAME", "Question", "Setting", "read_questions"]
 
-BASE = "base"
+BASE_NAME = "base"
 """What the base model is called beside its adapters."""
 
 

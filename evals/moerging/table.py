@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from evals.moerging.setting import BASE
+from evals.moerging.setting import BASE_NAME
 from experts.finetune_data import ChatPair
 from experts.library.examiner import Examiner
 from routers.outcomes import OutcomeTable, Prompts
@@ -22,7 +22,7 @@ def library_table(
     adapters: Sequence[str],
     samples: Mapping[str, Sequence[ChatPair]],
     *,
-    base_name: str = BASE,
+    base_name: str = BASE_NAME,
     progress: Callable[[str], None],
 ) -> OutcomeTable:
     """The geometric mean probability of each sample's answer tokens, with each adapter and without.

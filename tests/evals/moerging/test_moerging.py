@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 from evals.moerging.cli import library_command
 from evals.moerging.measure import Measured, measure, summarise, with_exit
 from evals.moerging.methods import METHODS, methods
-from evals.moerging.setting import BASE, Question, Setting, read_questions
+from evals.moerging.setting import BASE_NAME, Question, Setting, read_questions
 from evals.moerging.table import library_table
 from evals.moerging.taxonomy import AXES
 from experts.adapter_files import fuse, read_updates, write_updates
@@ -96,7 +96,7 @@ def test_a_table_has_the_likelihood_of_each_sample_by_each_adapter(setting):
     samples = {"one": [q.pair for q in QUESTIONS[:2]], "general": [QUESTIONS[4].pair]}
     hosted, pairs = _hosted(setting)
     table = library_table(hosted, ["one", "two"], samples, progress=lambda _: None)
-    assert table.models == [BASE, "one", "two"]
+    assert table.models == [BASE_NAME, "one", "two"]
     assert table.prompts.categories == ["one", "one", "general"]
     tokens = len(pairs[4].answer_ids)
     expected = np.exp(-hosted.losses(pairs[4:], "two") / tokens)
