@@ -215,8 +215,8 @@ def evaluate_command(
         about = (
             f"{len(setting.adapters)} adapters of `{setting.base}`, {len(setting.questions)} "
             f"questions of {len(setting.by_domain)} domains. Loss per answer token, in nats, and "
-            "share of exactly right answers; 95% intervals of the bootstrap over questions, after a mean "
-            "over seeds. Each question takes one call of the model, whatever the method."
+            "share of exactly right answers; 95% intervals of the bootstrap over questions, each "
+            "the mean of all seeds. Each question takes one call of the model, whatever the method."
         )
         if drawn is not None:
             about += f"\n\n![Loss in domain and out of it]({out.name}.svg)"
