@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation, RouterError
 from routers.calibration import sigmoid
-from routers.encoders import DEFAULT_ENCODER, Encoder
+from routers.encoders import Encoder
 from routers.fitted import TrainingRows
 from routers.growing import GrowingRouter
 from routers.params import check_number
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CentroidsRouter"]
 
-# Texts of a model that are kept, how many there must be to say how far apart they lie, and which
-# share of them may lie further.
-KEPT, LEAST_TEXTS, STRAYS = 32, 8, 0.02
+# Of MiniLM's vectors alone, unknown domains lie among known ones.
+ENCODER = "multilingual+minilm-l2-int8"
+# Texts of a model that are kept, and how many there must be to say how far apart they lie.
+KEPT, LEAST_TEXTS = 32, 8
 # Log-odds of a model that is just better than a coin.
 BETTER = 1e-3
 
@@ -34,15 +35,15 @@ class CentroidsRouter(GrowingRouter):
     is TTMM's: ``w_k ~ exp(-(1 - cos_k) / beta^2)``.
 
     A model without texts, a base among its adapters, counts as good as a coin. It is best where no
-    other is as near as ``threshold``, or as the farthest of its own texts are where those lie
+    other is as near as ``threshold``, or as the farthest of its own texts where those lie
     further apart; and where texts that are no model's are nearer. A model that joins or leaves
     needs no training, and gives exactly what a rebuild does.
 
     Args:
         encoder: An encoder's name or an encoder.
         beta: How fast a model's quality falls with the cosine.
-        threshold: The cosine at which a model is better than one without texts of its own, or less
-            if a fiftieth of its own texts are not as near.
+        threshold: The cosine from which on a model is better than one without texts of its own, or
+            less if some of its own texts are not as near.
 
     Attributes:
         means_: Mean vectors of the models' own texts, shape (n_models, width); zeros for none.
@@ -74,7 +75,7 @@ class CentroidsRouter(GrowingRouter):
     def __init__(
         self,
         *,
-        encoder: str | Encoder = DEFAULT_ENCODER,
+        encoder: str | Encoder = ENCODER,
         beta: float = 0.2,
         threshold: float = 0.35,
     ) -> None:
@@ -134,7 +135,7 @@ class CentroidsRouter(GrowingRouter):
         self._edges = np.array([self._edge(model) for model in range(len(self.means_))])
 
     def _edge(self, model: int) -> float:
-        """The cosine with a model's mean that nearly all of its own texts reach, or less."""
+        """The cosine with a model's mean that all of its own texts reach, or the threshold."""
         import numpy as np
 
         size = int(self.sizes_[model])
@@ -144,7 +145,7 @@ class CentroidsRouter(GrowingRouter):
         # Each with the mean of the others: its own part would make it look near.
         rest = (size * self.means_[model] - texts) / (size - 1)
         cosines = (_units(texts - self._centre) * _units(rest - self._centre)).sum(axis=1)
-        return min(self.threshold, float(np.quantile(cosines, STRAYS)))
+        return min(self.threshold, float(cosines.min()))
 
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
         import numpy as np
