@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CentroidsRouter"]
 
-# Of MiniLM's vectors alone, unknown domains lie among known ones.
+# Among MiniLM's vectors alone, unknown domains lie as near as known ones in new words.
 ENCODER = "multilingual+minilm-l2-int8"
-# Texts of a model that are kept, and how many there must be to say how far apart they lie.
-KEPT, LEAST_TEXTS = 32, 8
-# Log-odds of a model that is just better than a coin.
-BETTER = 1e-3
 
 
 class CentroidsRouter(GrowingRouter):
@@ -34,21 +30,18 @@ class CentroidsRouter(GrowingRouter):
     short texts all point nearly the same way. Qualities are such that the softmax of their log-odds
     is TTMM's: ``w_k ~ exp(-(1 - cos_k) / beta^2)``.
 
-    A model without texts, a base among its adapters, counts as good as a coin. It is best where no
-    other is as near as ``threshold``, or as the farthest of its own texts where those lie
-    further apart; and where texts that are no model's are nearer. A model that joins or leaves
-    needs no training, and gives exactly what a rebuild does.
+    A model without texts, a base among its adapters, counts as good as a coin, or as good as the
+    texts that are no model's are near. So it is best where no other is as near as ``threshold``, or
+    as those texts. A model that joins or leaves needs no training, and gives exactly what a rebuild
+    does.
 
     Args:
         encoder: An encoder's name or an encoder.
         beta: How fast a model's quality falls with the cosine.
-        threshold: The cosine from which on a model is better than one without texts of its own, or
-            less if some of its own texts are not as near.
+        threshold: The cosine at which a model is as good as one without texts of its own.
 
     Attributes:
         means_: Mean vectors of the models' own texts, shape (n_models, width); zeros for none.
-        sizes_: How many those are, shape (n_models,).
-        texts_: Vectors of some of them, shape (n_models, 32, width); zeros behind the last.
         others_: Mean vector of texts that are no model's, shape (width,); zeros for none.
 
     References:
@@ -60,16 +53,9 @@ class CentroidsRouter(GrowingRouter):
     """
 
     method = "centroids"
-    arrays: ClassVar = {
-        "means": ("models", "width"),
-        "sizes": ("models",),
-        "texts": ("models", "kept", "width"),
-        "others": ("width",),
-    }
+    arrays: ClassVar = {"means": ("models", "width"), "others": ("width",)}
 
     means_: NDArray[np.float64]
-    sizes_: NDArray[np.int64]
-    texts_: NDArray[np.float32]
     others_: NDArray[np.float64]
 
     def __init__(
@@ -77,7 +63,7 @@ class CentroidsRouter(GrowingRouter):
         *,
         encoder: str | Encoder = ENCODER,
         beta: float = 0.2,
-        threshold: float = 0.35,
+        threshold: float = 0.275,
     ) -> None:
         self.encoder = encoder
         self.beta = beta
@@ -96,12 +82,11 @@ class CentroidsRouter(GrowingRouter):
                 "'centroids' needs a table with the column 'category', which says what models are "
                 "for; 'collegium library table' writes one"
             )
-        owners = self._owners(rows)
-        described = [_described(rows.vectors[owners == m]) for m in range(len(rows.models))]
-        self.means_, self.sizes_, self.texts_ = (
-            np.concatenate([of[name] for of in described]) for name in ("means", "sizes", "texts")
+        own = self._owners(rows)
+        self.means_ = np.vstack(
+            [_mean(rows.vectors[own == model]) for model in range(len(rows.models))]
         )
-        self.others_ = _described(rows.vectors[owners < 0])["means"][0]
+        self.others_ = _mean(rows.vectors[own < 0])[0]
 
     def _owners(self, rows: TrainingRows) -> NDArray[np.intp]:
         """Position of the model that each prompt is a text of, -1 for none; shape (n_prompts,)."""
@@ -121,7 +106,7 @@ class CentroidsRouter(GrowingRouter):
         self, vectors: NDArray[np.float32], scores: NDArray[np.float64]
     ) -> dict[str, NDArray[Any]]:
         """All texts are the new model's own."""
-        return _described(vectors)
+        return {"means": _mean(vectors)}
 
     def _ready(self) -> None:
         import numpy as np
@@ -130,51 +115,27 @@ class CentroidsRouter(GrowingRouter):
         domains = [*self.means_[self._own], *([self.others_] if self.others_.any() else [])]
         # Of a single domain nothing is known but where it lies.
         self._centre = np.mean(domains, axis=0) if len(domains) > 1 else np.zeros_like(self.others_)
-        self._centroids = _units(self.means_ - self._centre)
-        self._other = _units(self.others_ - self._centre) if self.others_.any() else None
-        self._edges = np.array([self._edge(model) for model in range(len(self.means_))])
-
-    def _edge(self, model: int) -> float:
-        """The cosine with a model's mean that all of its own texts reach, or the threshold."""
-        import numpy as np
-
-        size = int(self.sizes_[model])
-        if size < LEAST_TEXTS:
-            return self.threshold
-        texts = self.texts_[model][:size].astype(np.float64)
-        # Each with the mean of the others: its own part would make it look near.
-        rest = (size * self.means_[model] - texts) / (size - 1)
-        cosines = (_units(texts - self._centre) * _units(rest - self._centre)).sum(axis=1)
-        return min(self.threshold, float(cosines.min()))
+        self._centroids = np.array([_unit(mean - self._centre) for mean in self.means_])
+        self._other = _unit(self.others_ - self._centre) if self.others_.any() else self.others_
 
     def _predict_one(self, given: NDArray[np.float32]) -> tuple[NDArray[Any], Explanation]:
         import numpy as np
 
-        query = _units(given.astype(np.float64) - self._centre)
-        cosines = np.where(self._own, self._centroids @ query, -1.0)
-        other = -1.0 if self._other is None else float(self._other @ query)
-        log_odds = (cosines - self.threshold) / self.beta**2
-        log_odds[~self._own] = max(0.0, (other - self.threshold) / self.beta**2)
-        nearest = int(cosines.argmax())
-        if cosines[nearest] > max(other, self._edges[nearest]):
-            log_odds[nearest] = max(log_odds[nearest], BETTER)
-        return sigmoid(log_odds), Explanation()
+        query = _unit(given.astype(np.float64) - self._centre)
+        other = max(self.threshold, float(self._other @ query))
+        cosines = np.where(self._own, self._centroids @ query, other)
+        return sigmoid((cosines - self.threshold) / self.beta**2), Explanation()
 
 
-def _described(vectors: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """Mean, number, and some of a model's texts, with a first axis of length 1."""
+def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of vectors, shape (1, width); zeros of nothing."""
     import numpy as np
 
     total = vectors.sum(axis=0, keepdims=True, dtype=np.float64)
-    chosen = np.linspace(0, len(vectors) - 1, min(KEPT, len(vectors))).astype(np.intp)
-    texts = np.zeros((1, KEPT, vectors.shape[1]), np.float32)
-    texts[0, : len(chosen)] = vectors[chosen]
-    means = total / max(1, len(vectors))
-    return {"means": means, "sizes": np.array([len(vectors)]), "texts": texts}
+    return np.asarray(total / max(1, len(vectors)))
 
 
-def _units(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
     import numpy as np
 
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-12))
+    return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12))

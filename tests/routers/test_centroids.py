@@ -80,23 +80,6 @@ def _chosen(router: CentroidsRouter, angle: int, *names: str) -> str:
     return names[int(router.predict([Query(str(angle))], list(names)).quality[0].argmax())]
 
 
-def test_a_model_whose_texts_lie_apart_takes_what_is_as_near_as_they_are():
-    spread = [-60, -45, -30, -15, 15, 30, 45, 60]
-    wide = _compass(0.9, east=spread, west=[180 + angle for angle in spread])
-    # The mean of the others lies 8 degrees on the other side of a text at 60.
-    own = Compass().encode([str(angle) for angle in spread]).astype(float)
-    rest = own.sum(0) - own[-1]
-    edge = math.degrees(math.acos(own[-1] @ rest / np.linalg.norm(rest)))
-    assert 67 < edge < 69
-    assert _chosen(wide, 66, "base", "east", "west") == "east"
-    assert _chosen(wide, 70, "base", "east", "west") == "base"
-    # Of seven texts one does not know how far apart they lie.
-    few = spread[1:]
-    unknown = _compass(0.9, east=few, west=[180 + angle for angle in few])
-    assert _chosen(unknown, 45, "base", "east", "west") == "base"
-    assert _chosen(unknown, 20, "base", "east", "west") == "east"
-
-
 def test_what_is_nearer_to_texts_that_are_no_models_goes_to_the_base():
     router = _compass(0.1, east=[0], west=[120], general=[240])
     assert _chosen(router, 305, "base", "east", "west") == "east"
