@@ -287,12 +287,14 @@ def merge_command(
     """Merge the adapters NAME, or all, with equal weights, or weights found by examples.
 
     \b
-    cat          adds up their updates; the rank is that of all together
-    linear       averages their matrices
-    ties         averages those of the largest fifth of the numbers that agree in sign
-    dare_linear  drops half of the numbers at random and averages the rest
-    dare_ties    drops half at random, then as ties
+    cat          averages their updates
+    linear       averages their matrices; the rank is that of the largest
+    ties         averages, of the largest fifth of the updates' numbers, those that agree in sign
+    dare_linear  drops half of the updates' numbers at random and averages the others, doubled
+    dare_ties    drops half at random, then averages those that agree in sign
     lorahub      searches weights of matrices that make the examples likely
+
+    But for linear and lorahub, the rank is that of all together.
     """
     with user_errors():
         from experts.adapter_files import fuse, write_updates
@@ -308,19 +310,19 @@ def merge_command(
                 listed = ", ".join(map(repr, known))
                 raise click.UsageError(f"{folder} has no adapter {name!r}; it has {listed}")
         folders = {name: library.path(known[name].path) for name in names or known}
-        weights = dict.fromkeys(folders, 1 / len(folders))
-        if method == "lorahub":
-            if examples is None:
-                raise click.UsageError("lorahub needs --examples: it searches weights for them")
-            examiner = Examiner(base, folders, device=device)
-            pairs = examiner.read(read_pairs(examples)[0])
-            weights = lorahub_weights(
-                examiner, [*folders], pairs, seed=seed,
-                on_step=lambda step, loss: click.echo(f"{step}: {loss:.3f}", err=True),
-            )  # fmt: skip
-            write_updates(out, fuse(folders, weights), base)
-        else:
-            merge_adapters(base, folders, weights, cast("Merging", method), out, seed=seed)
+        if method != "lorahub":
+            write_updates(out, merge_adapters(folders, cast("Merging", method), seed=seed), base)
+            click.echo(f"{out}: {method} of {', '.join(folders)}", err=True)
+            return
+        if examples is None:
+            raise click.UsageError("lorahub needs --examples: it searches weights for them")
+        examiner = Examiner(base, folders, device=device)
+        pairs = examiner.read(read_pairs(examples)[0])
+        weights = lorahub_weights(
+            examiner, [*folders], pairs, seed=seed,
+            on_step=lambda step, loss: click.echo(f"{step}: {loss:.3f}", err=True),
+        )  # fmt: skip
+        write_updates(out, fuse(folders, weights), base)
         listed = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
         click.echo(f"{out}: {listed}", err=True)
 

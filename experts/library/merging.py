@@ -1,23 +1,22 @@
 """Several adapters of a library made into one, once and for all queries. Imports torch.
 
-PEFT merges; what is new here is the search for weights from few examples.
+PEFT's formulas for merging numbers, put to whole updates: PEFT itself puts them to ``A`` and ``B``
+each, whose product is none of the papers' merges, and whose size grows with the number of adapters.
 """
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from experts.adapter_files import read_shapes
+from experts.adapter_files import LowRank, fuse, read_updates
 from experts.finetune_data import TokenPair
 from experts.library.examiner import Examiner
-from experts.library.upcycling import dense
 from experts.lora import AdapterUse
 
 __all__ = ["Merging", "lorahub_weights", "merge_adapters"]
@@ -31,64 +30,65 @@ BOUND, REGULARISATION, EVALUATIONS = 1.5, 0.05, 40
 
 
 def merge_adapters(
-    base: str,
-    folders: Mapping[str, Path],
-    weights: Mapping[str, float],
-    merging: Merging,
-    out: Path,
-    *,
-    density: float | None = None,
-    seed: int = 0,
-) -> None:
-    """Make one adapter of several and write it to a folder in PEFT's format.
+    folders: Mapping[str, Path], merging: Merging, *, density: float | None = None, seed: int = 0
+) -> dict[str, LowRank]:
+    """The updates of one adapter that is made of several, all of which count alike.
 
     Args:
-        base: Their base model, as in an expert's config.
         folders: Of the adapters, by name.
-        weights: Of the adapters, by name.
-        merging: ``cat`` adds up their updates exactly, in an adapter of all their ranks together;
-            the others add up their matrices. Where ranks differ, whole updates are merged and cut
-            to the largest rank by a singular value decomposition.
-        out: The folder.
-        density: Share of each adapter's numbers that ``ties`` and ``dare_*`` keep.
+        merging: ``cat`` is the mean of their updates, exactly, in a rank as large as all of theirs
+            together; ``linear`` the product of the means of their matrices; the others merge each
+            layer's updates number by number and keep as large a rank as ``cat``.
+        density: Share of each update's numbers that ``ties`` and ``dare_*`` keep.
         seed: Of what ``dare_*`` drops.
 
+    Returns:
+        Updates by the path of the layer. A layer that an adapter leaves as it is counts as zeros.
+
     References:
-        TIES (arXiv:2306.01708), DARE (arXiv:2311.03099), both as PEFT has them.
+        TIES (arXiv:2306.01708), DARE (arXiv:2311.03099), in the formulas of
+        ``peft.utils.merge_utils``, which trim each layer by itself. What is merged has any rank, so
+        its smallest singular values are cut off.
 
     Raises:
-        ExpertConfigError: The base cannot be loaded.
+        ExpertConfigError: An adapter cannot be read.
     """
-    from peft import PeftModel
+    if merging == "linear":
+        return fuse(folders, dict.fromkeys(folders, 1 / len(folders)))
+    read = [read_updates(folder) for folder in folders.values()]
+    if density is None:
+        density = DENSITY.get(merging, 1.0)
+    merged = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path in dict.fromkeys(path for updates in read for path in updates):
+            there = [updates[path] for updates in read if path in updates]
+            down = torch.cat([update.down for update in there])
+            if merging == "cat":
+                up = torch.cat([update.up for update in there], dim=1) / len(read)
+                merged[path] = LowRank(down, up)
+                continue
+            wholes = [update.up @ update.down for update in there]
+            wholes += [torch.zeros_like(wholes[0])] * (len(read) - len(wholes))
+            merged[path] = _cut(_merged(wholes, merging, density), len(down))
+    return merged
 
-    names = [*weights]
-    # PEFT's names become module names, where dots separate.
-    inner = {name: f"adapter_{place}" for place, name in enumerate(names)}
-    wrapped: Any = PeftModel.from_pretrained(dense(base, None), folders[names[0]], inner[names[0]])
-    for name in names[1:]:
-        wrapped.load_adapter(folders[name], adapter_name=inner[name])
-    ranks = {shape[0] for name in names for shape in read_shapes(folders[name]).values()}
-    kind: str = merging
-    if len(ranks) > 1 and merging != "cat":
-        kind = "svd" if merging == "linear" else f"{merging}_svd"
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {"svd_rank": max(ranks)} if kind.endswith("svd") else {}
-    if merging in DENSITY:
-        options["density"] = density if density is not None else DENSITY[merging]
-    wrapped.add_weighted_adapter(
-        [inner[name] for name in names], [*weights.values()], "merged", combination_type=kind,
-        **options,
-    )  # fmt: skip
-    wrapped.set_adapter("merged")
-    for name in names:
-        wrapped.delete_adapter(inner[name])
-    wrapped.peft_config["merged"].base_model_name_or_path = base
-    with tempfile.TemporaryDirectory() as scratch:
-        wrapped.save_pretrained(scratch)
-        out.mkdir(parents=True, exist_ok=True)
-        for file in (Path(scratch) / "merged").iterdir():
-            if file.name.startswith("adapter_"):
-                (out / file.name).write_bytes(file.read_bytes())
+
+def _merged(wholes: list[torch.Tensor], merging: Merging, density: float) -> torch.Tensor:
+    """Updates merged number by number; each of shape (out_features, in_features)."""
+    from peft.utils.merge_utils import dare_linear, dare_ties, ties
+
+    if merging == "dare_linear":
+        return dare_linear(wholes, torch.full((len(wholes),), 1 / len(wholes)), density)
+    # These two divide by how many agree.
+    merge = ties if merging == "ties" else dare_ties
+    return merge(wholes, torch.ones(len(wholes)), density)
+
+
+def _cut(whole: torch.Tensor, rank: int) -> LowRank:
+    """The nearest update of a rank."""
+    left, lengths, right = torch.linalg.svd(whole, full_matrices=False)
+    return LowRank(right[:rank].contiguous(), left[:, :rank] * lengths[:rank])
 
 
 def lorahub_weights(
