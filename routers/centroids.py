@@ -19,6 +19,8 @@ __all__ = ["CentroidsRouter"]
 
 # Among MiniLM's vectors alone, unknown domains lie as near as known ones in new words.
 ENCODER = "multilingual+minilm-l2-int8"
+# Log-odds of the best model. Above, qualities would lie so near 1 that their odds were lost.
+MOST = 6.0
 
 
 class CentroidsRouter(GrowingRouter):
@@ -30,10 +32,9 @@ class CentroidsRouter(GrowingRouter):
     short texts all point nearly the same way. Qualities are such that the softmax of their log-odds
     is TTMM's: ``w_k ~ exp(-(1 - cos_k) / beta^2)``.
 
-    A model without texts, a base among its adapters, counts as good as a coin, or as good as the
-    texts that are no model's are near. So it is best where no other is as near as ``threshold``, or
-    as those texts. A model that joins or leaves needs no training, and gives exactly what a rebuild
-    does.
+    A model without texts, a base among its adapters, counts as if it were as near as ``threshold``,
+    or as texts that are no model's. So it is best where no other is nearer. A model that joins or
+    leaves needs no training, and gives exactly what a rebuild does.
 
     Args:
         encoder: An encoder's name or an encoder.
@@ -124,7 +125,9 @@ class CentroidsRouter(GrowingRouter):
         query = _unit(given.astype(np.float64) - self._centre)
         other = max(self.threshold, float(self._other @ query))
         cosines = np.where(self._own, self._centroids @ query, other)
-        return sigmoid((cosines - self.threshold) / self.beta**2), Explanation()
+        log_odds = (cosines - self.threshold) / self.beta**2
+        log_odds -= max(0.0, float(log_odds.max()) - MOST)
+        return sigmoid(log_odds), Explanation()
 
 
 def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float64]:

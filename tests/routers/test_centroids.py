@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from orchestrator.strategies.several import shares_by_quality
 from routers.base import Query, RouterError
 from routers.centroids import CentroidsRouter
 from routers.encoders import get_encoder
@@ -78,6 +79,22 @@ def _compass(threshold: float, **angles: list[int]) -> CentroidsRouter:
 
 def _chosen(router: CentroidsRouter, angle: int, *names: str) -> str:
     return names[int(router.predict([Query(str(angle))], list(names)).quality[0].argmax())]
+
+
+def test_shares_of_near_models_are_ttmms_as_well():
+    """Where both are so near that their qualities alone would round to 1."""
+    router = _compass(-1.0, east=[20], west=[-20], general=[180])
+    names = ["base", "east", "west"]
+    quality = router.predict([Query("5")], names).quality[0]
+    centre = Compass().encode(["20", "-20", "180"]).mean(axis=0)
+    query = Compass().encode(["5"])[0] - centre
+    cosines = [
+        float(query @ (text - centre) / np.linalg.norm(query) / np.linalg.norm(text - centre))
+        for text in Compass().encode(["20", "-20"])
+    ]
+    weights = [math.exp(-(1 - cos) / 0.04) for cos in cosines]
+    found = shares_by_quality([float(one) for one in quality[1:]])
+    assert found == pytest.approx([one / sum(weights) for one in weights], rel=1e-3)
 
 
 def test_what_is_nearer_to_texts_that_are_no_models_goes_to_the_base():
