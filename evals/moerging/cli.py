@@ -194,6 +194,8 @@ def evaluate_command(
             references=_named(references, "--reference"),
             device=device,
         )
+        # A table that does not fit shows before anything is measured.
+        leaves = bases_own(setting) if setting.table is not None else None
         chosen = methods(setting, list(names) or None)
         journal = Journal(out.with_name(f"{out.name}_answers.jsonl"), setting)
         made = {method.name: journal.read(method) for method in methods(setting, None)}
@@ -209,7 +211,6 @@ def evaluate_command(
         if not made["base"]:
             raise click.UsageError("--method base: others are compared with it; measure it first")
         kept = {name: rows for name, rows in made.items() if rows}
-        leaves = bases_own(setting) if setting.table is not None else None
         lines = as_json(kept, setting.questions, [*setting.adapters], leaves)
         drawn = picture(lines)
         about = (

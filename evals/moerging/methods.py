@@ -151,7 +151,7 @@ def _routed(
 
         def by(asked: Sequence[Question]) -> AdapterUse:
             queries = [Query(one.prompt) for one in asked]
-            quality = fitted.predict(queries, names).quality.mean(axis=0)
+            quality = fitted.predict(queries, setting.table_models).quality.mean(axis=0)
             ranked = sorted(zip(names, map(float, quality), strict=True), key=lambda one: -one[1])
             if strategy is None:
                 best = ranked[0][0]
@@ -178,10 +178,10 @@ def _routed(
 def bases_own(setting: Setting) -> list[bool]:
     """Which questions the router ``centroids`` leaves to the base: near no adapter's samples."""
     assert setting.table is not None
-    names = [BASE_NAME, *setting.adapters]
     fitted = CentroidsRouter().fit(setting.table)
     asked = [Query(question.prompt) for question in setting.questions]
-    return [bool(row.argmax() == 0) for row in fitted.predict(asked, names).quality]
+    predicted = fitted.predict(asked, setting.table_models)
+    return [bool(row.argmax() == 0) for row in predicted.quality]
 
 
 def _mixed(hosted: Examiner, shares: Mapping[str, float], merging: str) -> AdapterUse:

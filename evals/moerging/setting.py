@@ -132,8 +132,9 @@ class Setting:
                 shown = {name: [*map(astuple, one)] for name, one in self.examples.items()}
                 facts.append(shown)
             else:
-                files = sorted(self.folders(need)[seed].rglob("*.safetensors"))
-                facts += [_sha256(file) for file in files]
+                folder = self.folders(need)[seed]
+                files = sorted(file for file in folder.rglob("*") if file.is_file())
+                facts.append({str(file.relative_to(folder)): _sha256(file) for file in files})
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -141,6 +142,22 @@ class Setting:
         """Name and folder of each adapter of the base."""
         chosen = self.library.adapters(self.base)
         return {name: self.library.path(expert.path) for name, expert in chosen.items()}
+
+    @cached_property
+    def table_models(self) -> list[str]:
+        """What the table calls the base and each adapter.
+
+        Raises:
+            ExpertConfigError: It has others, or lacks one.
+        """
+        models = [] if self.table is None else self.table.models
+        others = [name for name in models if name not in self.adapters]
+        if len(others) != 1 or len(models) != 1 + len(self.adapters):
+            raise ExpertConfigError(
+                f"the table has {', '.join(map(repr, models))}, which are not the base and the "
+                "library's adapters; write it anew with 'collegium library table'"
+            )
+        return [*others, *self.adapters]
 
     @cached_property
     def plain(self) -> Examiner:

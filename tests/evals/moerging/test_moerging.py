@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from experts.errors import ExpertConfigError
 from experts.finetune_data import TokenPair
 from experts.library.examiner import Examiner
 from experts.library.manifest import Library, LibraryExpert
+from routers.base import Query
+from routers.outcomes import OutcomeTable, Prompts
+from routers.registry import get_router_class
 
 QUESTIONS = [
     Question("Name two colours.", "the quick brown fox", "one"),
@@ -101,6 +105,72 @@ def test_a_table_has_the_likelihood_of_each_sample_by_each_adapter(setting):
     tokens = len(pairs[4].answer_ids)
     expected = np.exp(-hosted.losses(pairs[4:], "two") / tokens)
     assert table.scores("train")[2, 2] == pytest.approx(float(expected[0]), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def routed(setting: Setting) -> Setting:
+    """With a table in which each adapter is best on its own domain, and the base is called so."""
+    texts = {
+        "one": ["Name two colours.", "Name three colours.", "Name a colour.", "hello world"],
+        "two": ["Count from one to four.", "Count to six.", "Count from two on.", "one hundred"],
+        "general": ["Where is Paris?", "Who wrote Hamlet?", "When was the war?"],
+    }
+    rows = [(text, domain) for domain, found in texts.items() for text in found]
+    prompts = Prompts(
+        [str(n) for n in range(len(rows))], [t for t, _ in rows], [d for _, d in rows]
+    )
+    models = ["smol", "one", "two"]
+    scores = np.array([[0.3, 0.9 if d == "one" else 0.1, 0.9 if d == "two" else 0.1]
+                       for _, d in rows])  # fmt: skip
+    table = OutcomeTable(prompts, models=models, numbers={"score": scores})
+    examples = {name: [q for q in QUESTIONS if q.domain == name] for name in ("one", "two")}
+    return replace(setting, table=table, examples=examples)
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "expected"),
+    [
+        ("LoraRetriever selection", 0, [{"one": 1.0}]),
+        ("LoraRetriever selection", 2, [{"two": 1.0}]),
+        ("LoraRetriever selection", 4, []),
+        ("pilots", 0, [{"one": 1.0}]),
+        ("ridge", 2, [{"two": 1.0}]),
+        ("LoraRetriever mixture", 2, [{"two": 0.5}, {"one": 0.5}]),
+        ("LoraRetriever fusion", 2, [{"one": 0.5, "two": 0.5}]),
+        ("AdapterSoup", 0, [{"one": 0.5, "two": 0.5}]),
+        ("TTMM", 0, [{"one": 1.0}]),
+    ],
+)
+def test_routers_of_the_table_choose_the_adapters(routed, method, place, expected):
+    """Each entry is an adapter that is used, made of those in it; its share if it is one."""
+    use = METHODS[method].prepare(routed, 0).choose(place)
+    found = [
+        dict(adapter.key) if len(adapter.key) > 1 else {adapter.key[0][0]: share}
+        for adapter, share in use.shares
+    ]
+    assert found == [pytest.approx(one, abs=0.02) for one in expected]
+
+
+def test_smear_fuses_all_by_the_softmax_of_a_regression(routed):
+    (adapter, share), = METHODS["SMEAR-style"].prepare(routed, 0).choose(2).shares  # fmt: skip
+    weights = dict(adapter.key)
+    quality = get_router_class("ridge")().fit(routed.table).predict(
+        [Query(QUESTIONS[2].prompt)], ["one", "two"]
+    ).quality[0].astype(float)  # fmt: skip
+    odds = quality / (1 - quality)
+    assert share == 1.0
+    assert weights == pytest.approx(
+        dict(zip(("one", "two"), odds / odds.sum(), strict=True)), rel=1e-3
+    )
+
+
+def test_a_table_of_other_adapters_is_refused(routed):
+    few = OutcomeTable(
+        routed.table.prompts, models=["smol", "one"],
+        numbers={"score": routed.table.scores("all")[:, :2]},
+    )  # fmt: skip
+    with pytest.raises(ExpertConfigError, match="has 'smol', 'one', which are not the base"):
+        METHODS["ridge"].prepare(replace(routed, table=few), 0).choose(0)
 
 
 def test_gains_are_shares_of_the_oracles():
@@ -183,6 +253,10 @@ def test_commands_measure_once_and_show_all(library, home, tmp_path):
     run("merge", "--method", "linear", "--out", str(tmp_path / "ties"))
     run(*command, *(part for name in names for part in ("--method", name)))
     assert len(journal.read_text().splitlines()) == before + 3
+    config = tmp_path / "ties" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 4'))
+    run(*command, *(part for name in names for part in ("--method", name)))
+    assert len(journal.read_text().splitlines()) == before + 4
 
 
 def test_references_are_adapters_mixtures_and_checkpoints(library, home, tmp_path):
