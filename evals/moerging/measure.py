@@ -17,6 +17,8 @@ from torch.nn import functional
 from evals.metrics import Estimate, Resamples, bootstrap_mean
 from evals.moerging.methods import Method
 from evals.moerging.setting import Setting
+from experts.finetune_data import TokenPair
+from experts.library.examiner import Examiner, Reader
 
 __all__ = ["Journal", "Measured", "Summary", "measure", "summarise", "with_exit"]
 
@@ -62,21 +64,21 @@ def measure(
     pairs = examiner.read([question.pair for question in setting.questions])
     # Nor is what a model does once.
     for reader, use in ((examiner, choose(0)), (setting.plain, None)):
-        list(reader.logits(pairs[:1], use))
+        _read(reader, pairs[0], use)
     for place, pair in enumerate(pairs):
         started = time.perf_counter()
         use = choose(place)
         chosen = time.perf_counter()
-        (logits,) = examiner.logits([pair], use)
+        logits = _read(examiner, pair, use)
         read = time.perf_counter()
         choosing += chosen - started
         reading += read - chosen
         if place % COMPARE_EVERY == 0:
             # Machines drift, so the base is timed along with every method.
-            list(setting.plain.logits([pair], None))
+            _read(setting.plain, pair, None)
             alone += time.perf_counter() - read
             compared += read - chosen
-        targets = torch.tensor(pair.answer_ids, device=logits.device)
+        targets = torch.tensor(pair.answer_ids)
         losses.append(float(functional.cross_entropy(logits, targets, reduction="sum")))
         tokens.append(len(pair.answer_ids))
         exact.append(int((logits.argmax(-1) == targets).all()))
@@ -86,6 +88,12 @@ def measure(
     return Measured(
         method.name, seed, losses, tokens, exact, choosing * each, reading * each, compared / alone
     )
+
+
+def _read(examiner: Examiner, pair: TokenPair, use: Reader) -> torch.Tensor:
+    """Logits of an answer, on the CPU: what is timed is then done, on whatever device."""
+    (logits,) = examiner.logits([pair], use)
+    return logits.cpu()
 
 
 class Journal:

@@ -381,8 +381,8 @@ def upcycle_command(folder: Path, base: str | None, top_k: int, out: Path) -> No
 @click.option("--base", required=True, help="Chat model: path, hub name or package:NAME/FILE.")
 @click.option("--experts", "n_experts", required=True, type=click.IntRange(min=2), metavar="N")
 @click.option(
-    "--top-k", type=click.IntRange(min=1), default=2, show_default=True,
-    help="Experts that a token goes through in a block of layers.",
+    "--top-k", type=click.IntRange(min=2), default=2, show_default=True,
+    help="Experts that a token goes through in a block of layers. With one, gates learn nothing.",
 )  # fmt: skip
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
