@@ -76,7 +76,9 @@ def update_command(
     """Change the trained router ARTEFACT without training it again.
 
     A few hundred scored prompts of any kind describe a model that joins; only prompts that it has
-    scores of are used. Give them as an outcome table ('collegium collect' makes one).
+    scores of are used. Give them as an outcome table ('collegium collect' makes one). For
+    'centroids' only its own texts count, those of the category that bears its name; for 'pilots'
+    the table's prompts that are new need the scores of all models.
     """
     try:
         _update(artefact, table_path, out, split, list(added), rows, list(removed))
