@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from routers.base import Explanation, RouterError
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from routers.outcomes import OutcomeTable
+
 __all__ = ["CentroidsRouter"]
 
 # Among MiniLM's vectors alone, unknown domains lie as near as known ones in new words.
 ENCODER = "multilingual+minilm-l2-int8"
 # Log-odds of the best model. Above, qualities would lie so near 1 that their odds were lost.
 MOST = 6.0
+# Whose texts are no model's.
+NOBODY = ""
 
 
 class CentroidsRouter(GrowingRouter):
@@ -33,8 +38,14 @@ class CentroidsRouter(GrowingRouter):
     is TTMM's: ``w_k ~ exp(-(1 - cos_k) / beta^2)``.
 
     A model without texts, a base among its adapters, counts as if it were as near as ``threshold``,
-    or as texts that are no model's. So it is best where no other is nearer. A model that joins or
-    leaves needs no training, and gives exactly what a rebuild does.
+    or as texts that are no model's. So it is best where no other is nearer.
+
+    A model that joins or leaves needs no training, and gives exactly what a rebuild does. It brings
+    its own texts and takes them with it: a rebuild without a model is one on a table without it and
+    without the rows of its texts, which is what ``collegium library table`` writes of a library
+    that it has left. On a table that keeps these rows they would be no model's. One that joins by a
+    table of more than its own texts (``add_models``) has the texts that are no model's taken anew
+    from there; the other models keep theirs.
 
     Args:
         encoder: An encoder's name or an encoder.
@@ -78,30 +89,30 @@ class CentroidsRouter(GrowingRouter):
     def _learn(self, rows: TrainingRows) -> None:
         import numpy as np
 
-        if rows.categories is None:
-            raise RouterError(
-                "'centroids' needs a table with the column 'category', which says what models are "
-                "for; 'collegium library table' writes one"
-            )
-        own = self._owners(rows)
-        self.means_ = np.vstack(
-            [_mean(rows.vectors[own == model]) for model in range(len(rows.models))]
-        )
-        self.others_ = _mean(rows.vectors[own < 0])[0]
+        own = _owners(rows, rows.models)
+        self.means_ = np.vstack([_mean(rows.vectors[own == model]) for model in rows.models])
+        self.others_ = _mean(rows.vectors[own == NOBODY])[0]
 
-    def _owners(self, rows: TrainingRows) -> NDArray[np.intp]:
-        """Position of the model that each prompt is a text of, -1 for none; shape (n_prompts,)."""
-        import numpy as np
+    def add_models(
+        self, names: Sequence[str], table: OutcomeTable, *, split: str = "train"
+    ) -> dict[str, int]:
+        """Add models by their own texts in an outcome table; see ``GrowingRouter``.
 
-        categories = np.array(rows.categories)
-        named = {name: place for place, name in enumerate(rows.models)}
-        if not set(rows.categories or ()) & named.keys():
-            for category in np.unique(categories):
-                scores = rows.scores[categories == category]
-                run = ~np.isnan(scores)
-                means = np.where(run, scores, 0.0).sum(axis=0) / run.sum(axis=0).clip(1)
-                named[category] = int(np.where(run.any(axis=0), means, -1.0).argmax())
-        return np.array([named.get(category, -1) for category in categories], np.intp)
+        A category that bears the name of any model of the table is not one of no model.
+
+        Raises:
+            RouterError: A name is taken, or the table has no column ``category``.
+        """
+        rows = self._rows(table, split, [*self.models, *names])
+        own = _owners(rows, [*self.models, *table.models])
+        for name in names:
+            self._check_free(name)
+            self._append(name, {"means": _mean(rows.vectors[own == name])})
+        # A table of the newcomers' texts alone says nothing of those that are no model's.
+        if not set(own) <= set(names):
+            self.others_ = _mean(rows.vectors[own == NOBODY])[0]
+            self._ready()
+        return {name: int((own == name).sum()) for name in names}
 
     def _describe(
         self, vectors: NDArray[np.float32], scores: NDArray[np.float64]
@@ -128,6 +139,32 @@ class CentroidsRouter(GrowingRouter):
         log_odds = (cosines - self.threshold) / self.beta**2
         log_odds -= max(0.0, float(log_odds.max()) - MOST)
         return sigmoid(log_odds), Explanation()
+
+
+def _owners(rows: TrainingRows, models: Sequence[str]) -> NDArray[np.str_]:
+    """Name of the model that each prompt is a text of, shape (n_prompts,).
+
+    Args:
+        rows: With scores of the models that compete where no category bears a model's name.
+        models: All that categories may be named after.
+    """
+    import numpy as np
+
+    if rows.categories is None:
+        raise RouterError(
+            "'centroids' needs a table with the column 'category', which says what models are "
+            "for; 'collegium library table' writes one"
+        )
+    categories = np.array(rows.categories)
+    owners = {name: name for name in models}
+    if not set(rows.categories) & owners.keys():
+        for category in np.unique(categories):
+            scores = rows.scores[categories == category]
+            run = ~np.isnan(scores)
+            means = np.where(run, scores, 0.0).sum(axis=0) / run.sum(axis=0).clip(1)
+            best = int(np.where(run.any(axis=0), means, -1.0).argmax())
+            owners[category] = rows.models[best]
+    return np.array([owners.get(category, NOBODY) for category in rows.categories])
 
 
 def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float64]:

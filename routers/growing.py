@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from routers.base import RouterError
@@ -11,6 +11,8 @@ from routers.fitted import VectorRouter
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from routers.outcomes import OutcomeTable
 
 __all__ = ["GrowingRouter"]
 
@@ -33,6 +35,30 @@ class GrowingRouter(VectorRouter):
         """
         raise NotImplementedError
 
+    def _models_changed(self) -> None:
+        """Called when a model has come or gone: learn again what depends on all of them."""
+
+    def add_models(
+        self, names: Sequence[str], table: OutcomeTable, *, split: str = "train"
+    ) -> dict[str, int]:
+        """Add models by what an outcome table says of them, as ``collegium update`` does.
+
+        Returns:
+            How many prompts each was described by.
+
+        Raises:
+            RouterError: A name is taken, or the table does not describe its model.
+        """
+        import numpy as np
+
+        texts, scores = table.with_prompts_of(split).texts, table.scores(split, names)
+        found = {}
+        for name, column in zip(names, scores.T, strict=True):
+            some = np.flatnonzero(~np.isnan(column))
+            self.add_model(name, [texts[row] for row in some], column[some])
+            found[name] = len(some)
+        return found
+
     def add_model(
         self, name: str, texts: Sequence[str], scores: Sequence[float] | NDArray[np.float64]
     ) -> Self:
@@ -44,21 +70,31 @@ class GrowingRouter(VectorRouter):
         import numpy as np
 
         values = np.asarray(scores, np.float64)
-        if name in self.models:
-            raise RouterError(
-                f"there is a model {name!r} already; give another name, or remove it first"
-            )
+        self._check_free(name)
         if values.shape != (len(texts),) or not len(texts):
             raise RouterError(f"one score per text is needed, not {values.size} for {len(texts)}")
         if not ((values >= 0) & (values <= 1)).all():
             raise RouterError("scores must lie in [0, 1]; leave out texts that were not run")
-        for array, new in self._describe(self._encode_all(texts), values).items():
+        self._append(name, self._describe(self._encode_all(texts), values))
+        return self
+
+    def _check_free(self, name: str) -> None:
+        if name in self.models:
+            raise RouterError(
+                f"there is a model {name!r} already; give another name, or remove it first"
+            )
+
+    def _append(self, name: str, described: Mapping[str, NDArray[Any]]) -> None:
+        """Give a model places in the arrays."""
+        import numpy as np
+
+        for array, new in described.items():
             axis = self.arrays[array].index("models")
             old = getattr(self, f"{array}_")
             setattr(self, f"{array}_", np.concatenate([old, new], axis=axis))
         self.models_ = [*self.models, name]
+        self._models_changed()
         self._ready()
-        return self
 
     def remove_model(self, name: str) -> Self:
         """Forget a model.
@@ -78,5 +114,6 @@ class GrowingRouter(VectorRouter):
                 setattr(self, f"{array}_", kept)
         self.models_ = [other for other in models if other != name]
         self.measured = {other: of for other, of in self.measured.items() if other != name}
+        self._models_changed()
         self._ready()
         return self

@@ -19,7 +19,7 @@ __all__ = ["update_command"]
 
 # The method of a router that makes each change, and what errors call it.
 ABILITIES = {
-    "add_model": "take new models",
+    "add_models": "take new models",
     "partial_fit": "learn from more rows",
     "remove_model": "forget models",
 }
@@ -76,7 +76,9 @@ def update_command(
     """Change the trained router ARTEFACT without training it again.
 
     A few hundred scored prompts of any kind describe a model that joins; only prompts that it has
-    scores of are used. Give them as an outcome table ('collegium collect' makes one).
+    scores of are used. Give them as an outcome table ('collegium collect' makes one). For
+    'centroids' only its own texts count, those of the category that bears its name; for 'pilots'
+    the table's prompts that are new need the scores of all models.
     """
     try:
         _update(artefact, table_path, out, split, list(added), rows, list(removed))
@@ -105,7 +107,7 @@ def _update(
             f"{artefact} knows all models of {table_path} already; give '--rows' to let them learn "
             "from its prompts"
         )
-    _check_abilities(router, remove_model=removed, partial_fit=rows, add_model=added)
+    _check_abilities(router, remove_model=removed, partial_fit=rows, add_models=added)
     if not (added or rows):
         table = None
     for name in removed:
@@ -115,7 +117,7 @@ def _update(
         split=split if table else None,
         removed=removed,
         rows=_add_rows(router, table, split) if table and rows else 0,
-        added={name: _add_model(router, table, split, name) for name in added} if table else {},
+        added=_add_models(router, table, split, added) if table and added else {},
     )
     if table:
         router.measured = {**router.measured, **table.measured(split, added)}
@@ -147,16 +149,15 @@ def _add_rows(router: Any, table: OutcomeTable, split: str) -> int:
     return len(some)
 
 
-def _add_model(router: Any, table: OutcomeTable, split: str, name: str) -> int:
-    """Add a model by the prompts that it has scores of; return how many."""
+def _add_models(router: Any, table: OutcomeTable, split: str, names: list[str]) -> dict[str, int]:
+    """Add models by what the table says of them; return by how many prompts each."""
     import numpy as np
 
-    texts, scores = table.with_prompts_of(split).texts, table.scores(split, [name])[:, 0]
-    some = np.flatnonzero(~np.isnan(scores))
-    if not len(some):
-        raise RouterError(f"'--add-model': {name!r} has no scores in the split {split!r}")
-    router.add_model(name, [texts[row] for row in some], scores[some])
-    return len(some)
+    for name in names:
+        if np.isnan(table.scores(split, [name])).all():
+            raise RouterError(f"'--add-model': {name!r} has no scores in the split {split!r}")
+    found: dict[str, int] = router.add_models(names, table, split=split)
+    return found
 
 
 def _check_abilities(router: Router, **wanted: object) -> None:

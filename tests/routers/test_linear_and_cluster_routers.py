@@ -183,6 +183,7 @@ def test_ties_share_their_vote_and_ties_of_all_say_nothing():
     nan = np.nan
     scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.2, nan, 0.1], [nan, 0.0, 0.0]])
     assert _votes(scores).tolist() == [[0.5, 0.5, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert _votes(np.full((1, 3), nan)).tolist() == [[0, 0, 0]]
 
 
 def test_pilots_lie_where_their_model_won():
