@@ -51,7 +51,7 @@ class Provenance(_Strict):
     added: date | None = None
     """When it came into the library."""
     sha256: str = ""
-    """Hash of its weights when it came; other weights are refused."""
+    """Hash of its weights and settings when it came; ``collegium library check`` compares."""
 
 
 class LibraryExpert(_Strict):
