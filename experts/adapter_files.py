@@ -146,9 +146,15 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 of an adapter's weights; empty if there are none."""
-    file = folder / WEIGHTS
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    """SHA-256 of an adapter's weights and of the settings beside them, which scale them.
+
+    Empty if there are no weights.
+    """
+    files = [folder / name for name in (CONFIG, WEIGHTS)]
+    if not files[1].is_file():
+        return ""
+    hashes = [hashlib.sha256(file.read_bytes()).digest() for file in files if file.is_file()]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -283,7 +289,10 @@ def write_updates(folder: Path, updates: Updates, base: str) -> None:
         tensors[f"base_model.model.{path}.lora_B.weight"] = up
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(updates), task_type="CAUSAL_LM",
+    settings = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(updates), task_type="CAUSAL_LM",
         base_model_name_or_path=base, inference_mode=True,
-    ).save_pretrained(str(folder))  # fmt: skip
+    )  # fmt: skip
+    # PEFT keeps a set, which it would write in another order each time.
+    settings.target_modules = sorted(updates)
+    settings.save_pretrained(str(folder))

@@ -17,6 +17,7 @@ import numpy as np
 from experts.adapter_files import (
     LowRank,
     adapter_settings,
+    inner,
     read_updates,
     refuse_pickles,
     similarity,
@@ -121,6 +122,10 @@ def examine_files(candidate: Candidate, others: Mapping[str, Path]) -> Iterator[
         updates = read_updates(candidate.folder)
     except ExpertConfigError as error:
         yield Finding("files", False, str(error))
+        return
+    if not inner(updates, updates):
+        what = "all its updates are zero, so it changes nothing: train it, or name another folder"
+        yield Finding("files", False, what)
         return
     rank = max(update.down.shape[0] for update in updates.values())
     yield Finding("files", True, f"{len(updates)} finite updates of rank {rank}, as safetensors")
@@ -253,6 +258,9 @@ def _is_new(
     if not others:
         return Finding("answers", True, "the first of its base")
     whole = examiner.divergence(pairs, name, None)
+    # Updates may be too small to change any answer; rounding may bring this below zero.
+    if whole <= 0:
+        return Finding("answers", False, "it answers its samples as its base does")
     apart = {other: examiner.divergence(pairs, name, other) / whole for other in others}
     closest = min(apart, key=lambda other: apart[other])
     share = apart[closest]

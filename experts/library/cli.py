@@ -178,7 +178,7 @@ def list_command(folder: Path, as_json: bool) -> None:
 @DEVICE
 @click.option("--files", "files_only", is_flag=True, help="Look at files alone, and run no model.")
 def check_command(folder: Path, trigger_tokens: int | None, device: str, files_only: bool) -> None:
-    """Test all adapters of a library again, and whether their weights are those that came in.
+    """Test all adapters of a library again, and whether they are still those that came in.
 
     Each is compared with those that stand before it. Exits with 1 if one fails a test that was not
     accepted when it came.
@@ -207,7 +207,7 @@ def check_command(folder: Path, trigger_tokens: int | None, device: str, files_o
                     )
                 )
                 if expert.provenance.sha256 not in ("", weights_hash(path)):
-                    why = "its weights are not those that came in; remove it, and add these"
+                    why = "its weights or settings are not those that came in; remove and add it"
                     findings.append(Finding("sha256", False, why))
                 if findings[0].passed:
                     others[expert.name] = path

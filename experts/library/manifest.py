@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -51,7 +52,7 @@ class Provenance(_Strict):
     added: date | None = None
     """When it came into the library."""
     sha256: str = ""
-    """Hash of its weights when it came; other weights are refused."""
+    """Hash of its weights and settings when it came; ``collegium library check`` compares."""
 
 
 class LibraryExpert(_Strict):
@@ -119,7 +120,10 @@ class Library:
         """The library of a folder, which becomes an empty one if it is none yet."""
         if not (folder / MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / MANIFEST, [])
+            with _lock(folder):
+                # Another process may have begun it while this one waited for the lock.
+                if not (folder / MANIFEST).exists():
+                    _write(folder / MANIFEST, [])
         return cls(folder)
 
     def of(self, base: str) -> list[LibraryExpert]:
@@ -185,20 +189,27 @@ class Library:
         Raises:
             ExpertConfigError: Its name is taken.
         """
-        self.check_free(expert.name)
         path = f"{expert.kind}s/{expert.name}"
         target = self.folder / path
-        target.mkdir(parents=True, exist_ok=True)
-        copy(target)
         changes: dict[str, Any] = {"path": path}
-        if samples is not None:
-            changes["samples"] = f"samples/{expert.name}.jsonl"
-            (self.folder / "samples").mkdir(exist_ok=True)
-            shutil.copyfile(samples, self.folder / changes["samples"])
-        listed = expert.model_copy(update=changes)
-        self.experts[expert.name] = listed
-        self.save()
+        with self._alone():
+            self.check_free(expert.name)
+            target.mkdir(parents=True, exist_ok=True)
+            copy(target)
+            if samples is not None:
+                changes["samples"] = f"samples/{expert.name}.jsonl"
+                (self.folder / "samples").mkdir(exist_ok=True)
+                shutil.copyfile(samples, self.folder / changes["samples"])
+            listed = expert.model_copy(update=changes)
+            self.experts[expert.name] = listed
+            self.save()
         return listed
+
+    def put(self, expert: LibraryExpert) -> None:
+        """List an expert whose files are where it says, in place of any other of its name."""
+        with self._alone():
+            self.experts[expert.name] = expert
+            self.save()
 
     def remove(self, name: str) -> LibraryExpert:
         """Take an expert off the list; files that lie in the folder go, others stay.
@@ -206,32 +217,50 @@ class Library:
         Raises:
             ExpertConfigError: There is none of this name.
         """
-        if name not in self.experts:
-            known = ", ".join(self.experts) or "none"
-            raise ExpertConfigError(f"{self.folder} has no expert {name!r}; it has {known}")
-        gone = self.experts.pop(name)
-        # The list first: a file too many harms nobody, one too few does.
-        self.save()
-        root = self.folder.resolve()
-        for reference in filter(None, (gone.path, gone.samples)):
-            place = (root / reference).resolve()
-            shared = any(reference in (e.path, e.samples) for e in self.experts.values())
-            if reference.startswith(PACKAGE_PREFIX) or shared or root not in place.parents:
-                continue
-            if place.is_dir():
-                shutil.rmtree(place)
-            else:
-                place.unlink(missing_ok=True)
+        with self._alone():
+            if name not in self.experts:
+                known = ", ".join(self.experts) or "none"
+                raise ExpertConfigError(f"{self.folder} has no expert {name!r}; it has {known}")
+            gone = self.experts.pop(name)
+            # The list first: a file too many harms nobody, one too few does.
+            self.save()
+            root = self.folder.resolve()
+            for reference in filter(None, (gone.path, gone.samples)):
+                place = (root / reference).resolve()
+                shared = any(reference in (e.path, e.samples) for e in self.experts.values())
+                if reference.startswith(PACKAGE_PREFIX) or shared or root not in place.parents:
+                    continue
+                if place.is_dir():
+                    shutil.rmtree(place)
+                else:
+                    place.unlink(missing_ok=True)
         return gone
 
     def save(self) -> None:
         """Write the list."""
         _write(self.folder / MANIFEST, list(self.experts.values()))
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold other processes off, with the list as they left it.
+
+        Minutes may lie between reading the list and changing it: adapters are tested and trained.
+        """
+        with _lock(self.folder):
+            self.experts = Library(self.folder).experts
+            yield
+
 
 class _Written(_Strict):
     format_version: Literal[1] = 1
     experts: list[LibraryExpert]
+
+
+def _lock(folder: Path) -> AbstractContextManager[Any]:
+    """Only one process at a time changes a library."""
+    from filelock import FileLock
+
+    return FileLock(folder / f"{MANIFEST}.lock")
 
 
 def _write(file: Path, experts: list[LibraryExpert]) -> None:

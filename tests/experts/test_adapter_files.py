@@ -9,7 +9,15 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from experts.adapter_files import LowRank, inner, read_updates, refuse_pickles, similarity  # noqa: E402
+from experts.adapter_files import (  # noqa: E402
+    LowRank,
+    inner,
+    read_updates,
+    refuse_pickles,
+    similarity,
+    weights_hash,
+    write_updates,
+)
 from experts.errors import ExpertConfigError  # noqa: E402
 from tests.experts.latent import tiny  # noqa: E402
 
@@ -108,3 +116,24 @@ def test_what_is_no_plain_lora_is_refused(base, tmp_path):
     refused("cannot be read")
     described.unlink()
     refused("holds no adapter_config.json")
+
+
+def test_hash_covers_weights_and_what_scales_them(tmp_path):
+    torch.manual_seed(0)
+    updates = {f"layers.{n}.q_proj": LowRank(torch.randn(2, 5), torch.randn(7, 2)) for n in "9876"}
+    assert weights_hash(tmp_path) == ""
+    write_updates(tmp_path, updates, "base")
+    hashes = [weights_hash(tmp_path)]
+    described = tmp_path / "adapter_config.json"
+    settings = json.loads(described.read_text())
+    # In a fixed order, or the hash would be another each time.
+    assert settings["target_modules"] == sorted(updates)
+    described.write_text(json.dumps({**settings, "alpha_pattern": {"q_proj": 2000}}))
+    hashes.append(weights_hash(tmp_path))
+    described.unlink()
+    hashes.append(weights_hash(tmp_path))
+    write_updates(tmp_path, dict(list(updates.items())[:3]), "base")
+    hashes.append(weights_hash(tmp_path))
+    assert len(set(hashes)) == 4
+    write_updates(tmp_path, updates, "base")
+    assert weights_hash(tmp_path) == hashes[0]

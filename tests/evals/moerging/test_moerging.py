@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +15,16 @@ from click.testing import CliRunner
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from evals.moerging.build import build_library
 from evals.moerging.cli import library_command
 from evals.moerging.measure import Measured, measure, summarise, with_exit
 from evals.moerging.methods import METHODS, methods
 from evals.moerging.setting import BASE_NAME, Question, Setting, read_questions
 from evals.moerging.table import library_table
 from evals.moerging.taxonomy import AXES
-from experts.adapter_files import fuse, read_updates, write_updates
+from experts.adapter_files import fuse, read_updates, weights_hash, write_updates
 from experts.errors import ExpertConfigError
+from experts.finetune import AdapterTrainingConfig, TrainingManifest, train_adapter
 from experts.finetune_data import TokenPair
 from experts.library.examiner import Examiner
 from experts.library.manifest import Library, LibraryExpert
@@ -313,35 +317,125 @@ def test_merged_updates_can_be_written_and_read(home, tmp_path):
                                    atol=1e-6)  # fmt: skip
 
 
-def test_a_corpus_becomes_an_adapter_per_cluster(home, tmp_path):
-    corpus = tmp_path / "corpus.jsonl"
-    topics = {"colour": ["red", "blue", "green", "black"], "sum": ["1+2", "3+4", "5+6", "7+8"]}
+TOPICS = {"colour": ["red", "blue", "green", "black"], "sum": ["1+2", "3+4", "5+6", "7+8"]}
+
+
+def _corpus(file: Path, topics: Mapping[str, Sequence[str]] = TOPICS) -> list[str]:
+    """Write a corpus of some topics; its lines."""
     rows = [
-        {"prompt": f"Which {topic} is {one}?", "answer": topic}
+        json.dumps({"prompt": f"Which {topic} is {one}?", "answer": topic})
         for topic, ones in topics.items()
         for one in ones
     ]
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(f"{row}\n" for row in rows))
+    return rows
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_corpus_becomes_an_adapter_per_cluster(home, tmp_path):
+    rows = _corpus(tmp_path / "corpus.jsonl")
     command = [
-        "build", "--library", str(tmp_path / "lib"), "--data", str(corpus), "--cluster", "2",
-        "--base", str(home / "base"), "--encoder", "characters", "--set", "steps=2",
-        "--set", "rank=2", "--set", "precision=float32",
+        "build", "--library", str(tmp_path / "lib"), "--data", str(tmp_path / "corpus.jsonl"),
+        "--cluster", "2", "--base", str(home / "base"), "--encoder", "characters",
+        "--set", "steps=2", "--set", "rank=2", "--set", "precision=float32",
     ]  # fmt: skip
+    wrong = CliRunner().invoke(library_command, [*command, "--set", "steps=no"])
+    assert wrong.exit_code == 2
+    assert "steps" in wrong.output
+    few = CliRunner().invoke(library_command, [*command[:6], "9", *command[7:]])
+    assert "has 8 pairs, fewer than 9 clusters" in few.output
+    assert not (tmp_path / "lib").exists()
     made = CliRunner().invoke(library_command, command)
     assert made.exit_code == 0, made.output
     library = Library(tmp_path / "lib")
     assert [*library.experts] == ["cluster-0", "cluster-1"]
-    answers = []
-    for expert in library.experts.values():
-        assert read_updates(library.path(expert.path))
+    taught = []
+    for name, expert in library.experts.items():
+        adapter = library.path(expert.path)
+        assert read_updates(adapter)
+        assert expert.provenance.sha256 == weights_hash(adapter)
+        data = library.folder / "data" / f"{name}.jsonl"
+        taught.append(data.read_text().splitlines())
+        # It was trained on its cluster's pairs, and on all of them.
+        record = json.loads((adapter / "training.json").read_text())
+        assert record["data_sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+        assert record["pairs"] == len(taught[-1])
         assert expert.samples is not None
-        lines = library.path(expert.samples).read_text().splitlines()
-        answers.append({json.loads(line)["answer"] for line in lines})
-    assert answers in ([{"colour"}, {"sum"}], [{"sum"}, {"colour"}])
-    again = CliRunner().invoke(library_command, command)
-    assert again.exit_code == 0, again.output
-    few = CliRunner().invoke(library_command, [*command[:6], "9", *command[7:]])
-    assert "has 8 pairs, fewer than 9 clusters" in few.output
-    wrong = CliRunner().invoke(library_command, [*command, "--set", "steps=no"])
-    assert wrong.exit_code == 2
-    assert "steps" in wrong.output
+        samples = library.path(expert.samples).read_text().splitlines()
+        assert sorted(samples) == sorted(taught[-1])
+    assert sorted(map(sorted, taught)) == sorted([sorted(rows[:4]), sorted(rows[4:])])
+
+
+def test_a_library_of_another_corpus_stays_as_it_is(home, tmp_path):
+    settings = {"base": str(home / "base"), "steps": 1, "rank": 2, "precision": "float32"}
+
+    def build(corpus: str, folder: Path, n_clusters: int = 2) -> None:
+        build_library(
+            folder, tmp_path / corpus, n_clusters, settings, encoder="characters",
+            progress=lambda line: None,
+        )  # fmt: skip
+
+    _corpus(tmp_path / "corpus.jsonl")
+    _corpus(tmp_path / "other.jsonl", {**TOPICS, "sum": ["2*2", "3*3", "4*4", "5*5"]})
+    build("corpus.jsonl", tmp_path / "lib")
+    before = _contents(tmp_path / "lib")
+    for corpus, n_clusters in (("other.jsonl", 2), ("corpus.jsonl", 3)):
+        with pytest.raises(ExpertConfigError, match="has other pairs than this cluster of"):
+            build(corpus, tmp_path / "lib", n_clusters)
+        assert _contents(tmp_path / "lib") == before
+    taken = Library.at(tmp_path / "taken")
+    taken.put(LibraryExpert(name="cluster-1", base="some/base", path="elsewhere"))
+    before = _contents(tmp_path / "taken")
+    with pytest.raises(ExpertConfigError, match="has an expert 'cluster-1' already"):
+        build("corpus.jsonl", tmp_path / "taken")
+    assert _contents(tmp_path / "taken") == before
+
+
+def test_an_interrupted_build_goes_on_where_it_was(home, tmp_path, monkeypatch):
+    _corpus(tmp_path / "corpus.jsonl")
+    settings = {
+        "base": str(home / "base"), "steps": 3, "rank": 2, "precision": "float32",
+        "checkpoint_every": 1,
+    }  # fmt: skip
+    trained: list[tuple[str, int]] = []
+    stop_at: tuple[str, int] | None = None
+
+    def train(config: AdapterTrainingConfig, out: Path) -> TrainingManifest:
+        def note(step: int, loss: float) -> None:
+            trained.append((out.name, step))
+            if trained[-1] == stop_at:
+                raise KeyboardInterrupt
+
+        return train_adapter(config, out, on_step=note)
+
+    def build(folder: Path) -> list[tuple[str, int]]:
+        trained.clear()
+        build_library(
+            folder, tmp_path / "corpus.jsonl", 2, settings, encoder="characters",
+            progress=lambda line: None,
+        )  # fmt: skip
+        return trained
+
+    monkeypatch.setattr("evals.moerging.build.train_adapter", train)
+    every = [(name, step) for name in ("cluster-0", "cluster-1") for step in (1, 2, 3)]
+    assert build(tmp_path / "whole") == every
+    stop_at = ("cluster-1", 2)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "parts")
+    assert [*Library(tmp_path / "parts").experts] == ["cluster-0"]
+    stop_at = None
+    assert build(tmp_path / "parts") == [("cluster-1", 3)]
+    assert build(tmp_path / "parts") == []
+    whole, parts = (
+        {name: one.provenance.sha256 for name, one in Library(tmp_path / made).experts.items()}
+        for made in ("whole", "parts")
+    )
+    assert parts == whole
+    # What is listed stays listed as it came, or 'library check' would compare with what lies there.
+    (tmp_path / "parts/adapters/cluster-0/adapter_config.json").write_text("{}")
+    assert build(tmp_path / "parts") == []
+    kept = Library(tmp_path / "parts").experts["cluster-0"].provenance.sha256
+    assert kept == whole["cluster-0"]

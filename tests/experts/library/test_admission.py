@@ -115,6 +115,26 @@ def test_weights_that_are_no_numbers_and_pickles_are_refused(home, tmp_path):
     assert "runs what is in it" in _failed(examine(_candidate(home, "x", folder), {}))[0][1]
 
 
+def test_adapter_that_was_never_trained_is_refused(home, tmp_path):
+    folder = _changed(home / "one", tmp_path, lambda name, t: t * ("lora_A" in name))
+    [(test, message)] = _failed(examine(_candidate(home, "x", folder), {"two": home / "two"}))
+    assert test == "files"
+    assert "it changes nothing" in message
+
+
+def test_adapter_too_weak_to_change_an_answer_is_refused(home, tmp_path):
+    folder = _changed(home / "one", tmp_path, lambda name, t: t * 1e-8)
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"prompt": "hello world", "answer": "lazy dog"}\n')
+    candidate = Candidate("x", folder, str(home / "base"), samples)
+    found = examine(candidate, {"two": home / "two"}, n_tokens=0)
+    assert dict(_failed(found)) == {
+        "gain": "+0.00 nats per token on 1 samples of its domain (+0.00 to +0.00): its base alone "
+        "does as well, as far as these tell",
+        "answers": "it answers its samples as its base does",
+    }
+
+
 def test_copy_is_refused_even_if_it_was_changed_a_little(home, tmp_path):
     torch.manual_seed(0)
     noisy = _changed(

@@ -63,13 +63,25 @@ def test_refused_adapter_stays_out_unless_it_is_accepted(run, home, tmp_path):
     assert run("check", "--files").exit_code == 0
 
 
-def test_other_weights_than_those_that_came_in_are_noticed(run, home, tmp_path):
-    run("add", home / "one", "--base", home / "base")
+def test_other_weights_or_scales_than_those_that_came_in_are_noticed(run, home, tmp_path):
+    run("add", home / "one", "--base", home / "base", "--trigger-tokens", 0)
+    adapter = tmp_path / "library/adapters/one"
+
+    def noticed():
+        result = run("check", "--files")
+        assert result.exit_code == 1
+        return "one: sha256: its weights or settings are not those that came in" in result.stdout
+
+    described = adapter / "adapter_config.json"
+    settings = json.loads(described.read_text())
+    scaled = {**settings, "lora_alpha": 1000 * settings["lora_alpha"]}
+    described.write_text(json.dumps(scaled))
+    assert noticed()
+    shutil.copyfile(home / "one/adapter_config.json", described)
+    assert run("check", "--files").exit_code == 0
     theirs = (home / "two/adapter_model.safetensors").read_bytes()
-    (tmp_path / "library/adapters/one/adapter_model.safetensors").write_bytes(theirs)
-    result = run("check", "--files")
-    assert result.exit_code == 1
-    assert "one: sha256: its weights are not those that came in" in result.stdout
+    (adapter / "adapter_model.safetensors").write_bytes(theirs)
+    assert noticed()
 
 
 def test_adapter_that_is_gone_is_noticed_and_others_are_tested(run, home, tmp_path):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from filelock import FileLock, Timeout
 
 from experts.errors import ExpertConfigError
+from experts.library import manifest
 from experts.library.manifest import MANIFEST, Library, LibraryExpert, Provenance
 
 
@@ -48,6 +50,43 @@ def test_removed_expert_takes_its_files_and_no_others(library, tmp_path):
     assert Library(library.folder).experts == {}
     with pytest.raises(ExpertConfigError, match="has no expert 'one'; it has none"):
         library.remove("one")
+
+
+def test_what_others_changed_since_the_list_was_read_stays_changed(library):
+    """Tests of adapters take minutes; meanwhile others come and go."""
+    stale = [Library(library.folder) for _ in range(4)]
+    library.take_in(_expert("one"), _files, None)
+    stale[0].take_in(_expert("two"), _files, None)
+    stale[1].put(_expert("three"))
+    assert [*Library(library.folder).experts] == ["one", "two", "three"]
+    stale[2].remove("two")
+    assert [*Library(library.folder).experts] == ["one", "three"]
+
+    def overwrite(folder):
+        raise AssertionError("files of another expert were overwritten")
+
+    with pytest.raises(ExpertConfigError, match="has an expert 'one' already"):
+        stale[3].take_in(_expert("one"), overwrite, None)
+
+
+def test_one_process_at_a_time_changes_the_list(tmp_path, monkeypatch):
+    write, written = manifest._write, []
+
+    def alone(file, experts):
+        with pytest.raises(Timeout):
+            FileLock(file.with_name("library.yaml.lock")).acquire(blocking=False)
+        written.append([expert.name for expert in experts])
+        write(file, experts)
+
+    monkeypatch.setattr(manifest, "_write", alone)
+    library = Library.at(tmp_path / "library")
+    library.take_in(_expert("one"), _files, None)
+    library.put(_expert("two"))
+    library.remove("one")
+    assert written == [[], ["one"], ["one", "two"], ["two"]]
+    assert Library.at(library.folder).experts == library.experts
+    with FileLock(library.folder / "library.yaml.lock", blocking=False):
+        pass
 
 
 def test_name_is_taken_once(library):
