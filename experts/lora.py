@@ -208,8 +208,9 @@ class AdapterSlots:
     """The adapters of a model, as many of them in memory as there are slots.
 
     Beside them there are the matrices of ``AHEAD`` adapters that were asked for and have no slot
-    yet; what goes from there is read once more when its row comes to its turn. Only while token
-    routers are made are all of theirs there twice.
+    yet; what goes from there is read once more when its row comes to its turn. On a CPU each row of
+    a batch has a copy too, see ``_Rows``. Only while token routers are made are all of theirs there
+    twice.
 
     Layers that some adapter changes are replaced, in place. ``adapter`` and ``fused`` may be called
     from any thread; the rest from the one that runs the model.

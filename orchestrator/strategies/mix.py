@@ -17,6 +17,10 @@ from orchestrator.strategies.several import predicted, shares_by_quality
 
 __all__ = ["MixStrategy"]
 
+# Decimals of shares. No answer shows finer differences, but each would make an adapter of its
+# own where parameters are merged, which no other request finds in memory.
+SHARE_DECIMALS = 3
+
 # Engines that mix adapters; scripted experts stand in for a base and its adapters.
 MIXING: frozenset[str] = frozenset({"transformers", "scripted"})
 
@@ -82,9 +86,8 @@ class MixStrategy(Strategy):
         shares = shares_by_quality([known.get(name, 0.5) for name in names])
         # The largest is never left out, however many share.
         least = min(self.min_share, max(shares))
-        kept = {n: share for n, share in zip(names, shares, strict=True) if share >= least}
-        total = sum(kept.values())
-        return {name: share / total for name, share in kept.items()}
+        kept = _whole({n: share for n, share in zip(names, shares, strict=True) if share >= least})
+        return _whole({name: round(share, SHARE_DECIMALS) for name, share in kept.items()})
 
     def check_experts(
         self, route: str, names: Sequence[str], entries: Iterable[ExpertConfig]
@@ -120,3 +123,9 @@ class MixStrategy(Strategy):
                 f"engine 'transformers' and the route's experts to be its adapters, which "
                 f"{', '.join(map(repr, others))} are not"
             )
+
+
+def _whole(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares that sum to 1, without those of nothing."""
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items() if share}
