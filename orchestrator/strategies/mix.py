@@ -9,7 +9,7 @@ from pydantic import Field
 
 from experts.base import AnyRequest, Expert
 from experts.config import ExpertConfig, TransformersExpertConfig, cards_of
-from experts.types import Chunk
+from experts.types import Chunk, Merging
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.calls import stream_one
@@ -48,7 +48,7 @@ class MixStrategy(Strategy):
     """Shares: the softmax of the log-odds of predicted qualities, or all the same."""
     min_share: float = Field(default=0.01, ge=0, lt=1)
     """Adapters with less are left out, and the others' shares made 1 again."""
-    merging: Literal["outputs", "parameters"] = "outputs"
+    merging: Merging = "outputs"
     """What is added up: what adapters do, or their matrices, which makes one adapter of them."""
     token_router: str | None = None
     """A token router of the base, which shares out adapters instead wherever one of them is
@@ -70,7 +70,6 @@ class MixStrategy(Strategy):
         shares = self.shares(decision)
         if shares and self.token_router is not None:
             return stream_one(self.token_router, request, experts, context)
-        context.adapters = shares
         fields = {"adapters": shares, "adapter_merging": self.merging}
         return stream_one(self.base, request.model_copy(update=fields), experts, context)
 

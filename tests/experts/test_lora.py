@@ -374,7 +374,7 @@ def test_after_a_failure_no_adapter_stays_in_use(opened):
 def test_engine_serves_more_adapters_than_it_holds_and_mixes_them(folders, tmp_path):
     from experts.config import AdapterConfig, TokenRouterConfig, TransformersExpertConfig
     from experts.transformers_engine import TransformersEngine
-    from experts.types import ChatRequest, collect
+    from experts.types import ChatRequest, Mixture, collect
 
     engine = TransformersEngine(
         TransformersExpertConfig(
@@ -402,6 +402,15 @@ def test_engine_serves_more_adapters_than_it_holds_and_mixes_them(folders, tmp_p
         assert await ask("base", adapters={"a": 0.5, "c": 0.5}) != alone["base"]
         merged = {"adapters": {"c": 0.5, "d": 0.5}, "adapter_merging": "parameters"}
         assert await ask("base", **merged) != alone["base"]
+        body = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "max_tokens": 3}
+        for asked, said in (
+            (merged, Mixture({"c": 0.5, "d": 0.5}, "parameters")),
+            ({"adapters": {"c": 2}}, Mixture({"c": 2.0}, "outputs")),
+            ({}, None),
+        ):
+            request = ChatRequest.model_validate({**body, **asked})
+            found = [one async for one in engine.experts()["base"].stream(request, timeout_s=60)]
+            assert [chunk.mixture for chunk in found] == [said] + [None] * (len(found) - 1)
         for fields, message in (
             ({"adapters": {"x": 1.0}}, "adapters names 'x', but 'base' has 'a'"),
             ({"adapters": {"a": 99}}, "shares from -8 to 8"),

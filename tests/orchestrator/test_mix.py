@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experts.types import ChatRequest
+from experts.types import ChatRequest, Mixture
 from orchestrator.config import ConfigError, parse_config
 from orchestrator.decision import Candidate, Decision
 from orchestrator.memory.decisions import DecisionRecord
@@ -14,7 +14,7 @@ from orchestrator.strategies.mix import MixStrategy
 from tests.orchestrator.composing import Run, scripted
 from tests.orchestrator.support import CHAT, build, chat_body, client, config_content, expert
 
-ADAPTERS = "x-collegium-adapters"
+ADAPTERS, MERGING = "x-collegium-adapters", "x-collegium-merging"
 
 
 def run_of(*names: str, width: int | None = None, **settings: Any) -> Run:
@@ -40,7 +40,7 @@ async def test_shares_are_those_of_the_log_odds_of_the_best():
     fields = await fields_of(run)
     assert fields["adapters"] == pytest.approx({"a": 0.587, "b": 0.261, "c": 0.152})
     assert fields["adapter_merging"] == "outputs"
-    assert run.context.adapters == fields["adapters"]
+    assert run.context.mixture == Mixture(fields["adapters"], "outputs")
 
 
 async def test_shares_may_be_equal_and_parameters_merged():
@@ -92,7 +92,8 @@ async def test_a_token_router_may_share_out_what_is_not_the_bases():
         run = Run(strategy, [scripted(name) for name in names], outside=outside)
         assert (await run.answer()).text == asked
         assert run.context.path == [asked]
-        assert run.context.adapters == ({} if asked == "base" else None)
+        expected = Mixture({}, "outputs") if asked == "base" else None
+        assert run.context.mixture == expected
 
 
 async def test_text_completions_are_mixed_too():
@@ -115,6 +116,7 @@ async def test_headers_and_the_record_name_the_adapters(stream: bool):
     http = client(orchestrator)
     response = await http.post(CHAT, json=chat_body(stream=stream))
     assert response.headers[ADAPTERS] == "large=0.7940,medium=0.2060"
+    assert response.headers[MERGING] == "outputs"
     assert response.headers["x-collegium-model"] == "small"
     assert response.headers["x-collegium-strategy"] == "mix"
     (request,) = expert(orchestrator, "small").requests
@@ -123,8 +125,32 @@ async def test_headers_and_the_record_name_the_adapters(stream: bool):
     found = await http.get(f"/v1/decisions/{id}")
     record = DecisionRecord.model_validate_json(found.content)
     assert record.adapters == pytest.approx({"large": 0.794, "medium": 0.206})
+    assert record.merging == "outputs"
     assert record.peers is None
-    assert ADAPTERS not in (await http.post(CHAT, json=chat_body(model="small"))).headers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_headers_and_the_record_name_what_a_request_mixes_itself(stream: bool):
+    http = client(build(parse_config(content_of())))
+
+    async def ask(**fields: Any) -> Any:
+        return await http.post(CHAT, json=chat_body(model="small", stream=stream, **fields))
+
+    mixed = await ask(adapters={"large": 0.75, "medium": -1}, adapter_merging="parameters")
+    assert mixed.headers[ADAPTERS] == "large=0.7500,medium=-1.0000"
+    assert mixed.headers[MERGING] == "parameters"
+    found = await http.get(f"/v1/decisions/{mixed.headers['x-collegium-decision-id']}")
+    assert found.json()["adapters"] == {"large": 0.75, "medium": -1.0}
+    assert found.json()["merging"] == "parameters"
+    assert (await ask(adapters={"large": 1})).headers[MERGING] == "outputs"
+    assert (await ask(adapters={})).headers[ADAPTERS] == "none"
+    plain = await ask()
+    assert plain.status_code == 200
+    assert not {ADAPTERS, MERGING} & plain.headers.keys()
+    for fields in ({"adapters": ["large"]}, {"adapters": {"large": 9}}, {"adapters": {"large": ""}},
+                   {"adapters": {}, "adapter_merging": "sum"}):  # fmt: skip
+        refused = await ask(**fields)
+        assert (refused.status_code, ADAPTERS in refused.headers) == (400, False)
 
 
 TRANSFORMERS = {
