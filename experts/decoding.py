@@ -179,7 +179,10 @@ class Decoder:
                     break
                 row = self._waiting.popleft()
                 self._rows.append(row)
-                self._passes.join(row)
+                failure = self._passes.join(row)
+                if failure is not None:
+                    self._rows.remove(row)
+                    row.sink.fail(failure)
             calls = list(self._calls)
             self._calls.clear()
         for function, future in calls:

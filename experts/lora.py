@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -28,21 +28,12 @@ __all__ = ["NO_ADAPTER", "Adapter", "AdapterSlots", "AdapterUse"]
 MADE = 8
 """Adapters made of several that are kept beside all others, where memory is not bounded."""
 
-Fusion = tuple[tuple[str, float], ...]
-"""Names of adapters with their weights."""
+AHEAD = 4
+"""Adapters whose matrices are kept for rows that wait, beside those in slots. They are in float32,
+so that each takes twice the memory of one in bfloat16."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
-    """An adapter, or several made into one of the same rank.
-
-    Attributes:
-        key: What it is made of.
-        updates: Its matrices; none if it lay in a slot when it was asked for.
-    """
-
-    key: Fusion
-    updates: Updates | None
+Adapter = tuple[tuple[str, float], ...]
+"""An adapter, or several made into one of the same rank: their names with their weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,10 +157,15 @@ class _AdaptedLinear(nn.Module):
             self.down[slot, :, :rank] = update.down.T
             self.up[slot, :rank] = update.up.T
 
-    def grow(self) -> None:
-        """Add a slot."""
-        self.down = torch.cat([self.down, torch.zeros_like(self.down[:1])])
-        self.up = torch.cat([self.up, torch.zeros_like(self.up[:1])])
+    def grow(self, n_slots: int) -> None:
+        """Have at least so many slots."""
+        missing = n_slots + 1 - len(self.down)
+        if missing > 0:
+            down, up = (
+                torch.cat([stack, stack.new_zeros((missing, *stack.shape[1:]))])
+                for stack in (self.down, self.up)
+            )
+            self.down, self.up = down, up
 
     def add_gate(self, router: str, gate: nn.Module, slots: Sequence[int]) -> None:
         """Have a router share out the adapters of some slots here."""
@@ -189,9 +185,11 @@ class _AdaptedLinear(nn.Module):
                 result = result + update.to(result.dtype)
         if now.shares is not None:
             # Rows with a whole adapter get zeros from here, so their bits stay what they are.
-            hidden = torch.einsum("btf,nfr->btnr", x, self.down[1:])
+            # Where memory has run out, some layers have a slot more than others.
+            end = now.shares.shape[1] + 1
+            hidden = torch.einsum("btf,nfr->btnr", x, self.down[1:end])
             shares = self._shares(x, hidden, now.shares)[..., None].to(hidden.dtype)
-            result = result + torch.einsum("btnr,nro->bto", hidden * shares, self.up[1:])
+            result = result + torch.einsum("btnr,nro->bto", hidden * shares, self.up[1:end])
         return result
 
     def _shares(self, x: torch.Tensor, hidden: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -209,8 +207,13 @@ class _AdaptedLinear(nn.Module):
 class AdapterSlots:
     """The adapters of a model, as many of them in memory as there are slots.
 
-    Layers that some adapter changes are replaced, in place. ``adapter`` may be called from any
-    thread; the rest from the one that runs the model.
+    Beside them there are the matrices of ``AHEAD`` adapters that were asked for and have no slot
+    yet; what goes from there is read once more when its row comes to its turn. On a CPU each row of
+    a batch has a copy too, see ``_Rows``. Only while token routers are made are all of theirs there
+    twice.
+
+    Layers that some adapter changes are replaced, in place. ``adapter`` and ``fused`` may be called
+    from any thread; the rest from the one that runs the model.
 
     Args:
         model: A transformers model.
@@ -253,20 +256,20 @@ class AdapterSlots:
                 setattr(model.get_submodule(parent), child, layer)
                 self.layers[path] = layer
         # What lies in a slot, least recently used first.
-        self._held: OrderedDict[Fusion, int] = OrderedDict()
-        self._users: Counter[Fusion] = Counter()
-        self._fixed: set[Fusion] = set()
-        # Several requests may ask for one before the first has brought it into memory.
-        self._read = lru_cache(maxsize=4)(self._load)
+        self._held: OrderedDict[Adapter, int] = OrderedDict()
+        self._users: Counter[Adapter] = Counter()
+        self._fixed: set[Adapter] = set()
+        # What was read for rows that wait, oldest first.
+        self._ahead: OrderedDict[Adapter, Updates] = OrderedDict()
+        self._ahead_lock = Lock()
         if self._n_slots >= len(folders):
             for name in folders:
                 self._hold(self.adapter(name))
-            self._read.cache_clear()
         for name, router in (routers or {}).items():
             self.add_router(name, router.adapters, router.gate)
 
     def adapter(self, name: str) -> Adapter:
-        """An adapter by its name; reads it if it is not in memory.
+        """An adapter by its name; reads it if it is not in memory, where its row then finds it.
 
         Raises:
             ExpertConfigError: Its files cannot be read.
@@ -282,8 +285,14 @@ class AdapterSlots:
         Raises:
             ExpertConfigError: The files of one cannot be read.
         """
-        key = tuple(sorted(weights.items()))
-        return Adapter(key, None if key in self._held else self._read(key))
+        adapter = tuple(sorted(weights.items()))
+        if adapter not in self._held and adapter not in self._ahead:
+            updates = self._load(adapter)
+            with self._ahead_lock:
+                self._ahead[adapter] = updates
+                while len(self._ahead) > AHEAD:
+                    self._ahead.popitem(last=False)
+        return adapter
 
     def check(self, use: AdapterUse) -> None:
         """Make sure that a row's adapters can be in memory together.
@@ -291,7 +300,7 @@ class AdapterSlots:
         Raises:
             InvalidRequestError: They are too many.
         """
-        wanted = {adapter.key for adapter, _ in use.shares} - self._fixed
+        wanted = {adapter for adapter, _ in use.shares} - self._fixed
         room = self._n_slots - len(self._fixed)
         if len(wanted) > room:
             raise InvalidRequestError(
@@ -301,25 +310,32 @@ class AdapterSlots:
 
     def fits(self, use: AdapterUse) -> bool:
         """Whether all adapters of a row are in memory, or can be now."""
-        wanted = {adapter.key for adapter, _ in use.shares}
-        free = self._n_slots - sum(1 for key in self._held if self._users[key] or key in wanted)
-        return sum(1 for key in wanted if key not in self._held) <= free
+        wanted = {adapter for adapter, _ in use.shares}
+        free = self._n_slots - sum(1 for one in self._held if self._users[one] or one in wanted)
+        return sum(1 for one in wanted if one not in self._held) <= free
 
     def acquire(self, use: AdapterUse) -> None:
         """Bring a row's adapters into memory, where they stay until it releases them.
 
-        If an adapter has to be read and cannot be, all rows' adapters must be released.
+        Whatever is raised, the row has none to release, and other rows keep theirs.
+
+        Raises:
+            ExpertConfigError: An adapter has to be read and cannot be.
         """
         # Those that are there first, so that none makes room for another.
         for adapter, _ in use.shares:
-            self._users[adapter.key] += 1
-        for adapter, _ in use.shares:
-            self._hold(adapter)
+            self._users[adapter] += 1
+        try:
+            for adapter, _ in use.shares:
+                self._hold(adapter)
+        except BaseException:
+            self.release(use)
+            raise
 
     def release(self, use: AdapterUse) -> None:
         """Let go of a row's adapters."""
         for adapter, _ in use.shares:
-            self._users[adapter.key] -= 1
+            self._users[adapter] -= 1
 
     def release_all(self) -> None:
         """Let go of all rows' adapters."""
@@ -330,9 +346,7 @@ class AdapterSlots:
         now, device = self._pass, self._device
         now.slots = now.indices = now.shares = None
         now.routers = {}
-        slots = [
-            self._held[use.shares[0][0].key] if use.whole and use.shares else 0 for use in uses
-        ]
+        slots = [self._held[use.shares[0][0]] if use.whole and use.shares else 0 for use in uses]
         if any(slots):
             now.slots, now.indices = slots, torch.tensor(slots, device=device)
         if all(use.whole for use in uses):
@@ -341,7 +355,7 @@ class AdapterSlots:
         for row, use in enumerate(uses):
             if not use.whole:
                 for adapter, share in use.shares:
-                    shares[row, self._held[adapter.key] - 1] = share
+                    shares[row, self._held[adapter] - 1] = share
         now.shares = shares.to(device)
         for name in {use.router for use in uses if use.router is not None}:
             now.routers[name] = torch.tensor([use.router == name for use in uses], device=device)
@@ -371,7 +385,7 @@ class AdapterSlots:
                 f"{', '.join(map(repr, self._folders)) or 'none'}"
             )
         use = AdapterUse(tuple((self.adapter(adapter), 1.0) for adapter in adapters))
-        self._fixed |= {adapter.key for adapter, _ in use.shares}
+        self._fixed |= {adapter for adapter, _ in use.shares}
         others = len(self._fixed) < len(self._folders)
         if len(self._fixed) + others > self._n_slots:
             raise ExpertConfigError(
@@ -379,38 +393,48 @@ class AdapterSlots:
                 f"has room for {self._n_slots}, others included: raise max_loaded_adapters"
             )
         self.acquire(use)
-        updates = [self._load(adapter.key) for adapter, _ in use.shares]
-        slots = [self._held[adapter.key] for adapter, _ in use.shares]
+        updates = [self._load(adapter) for adapter, _ in use.shares]
+        slots = [self._held[adapter] for adapter, _ in use.shares]
         for path, layer in self.layers.items():
             made = gate(path, [one.get(path) for one in updates])
             if made is not None:
                 layer.add_gate(name, made, slots)
 
     def _hold(self, adapter: Adapter) -> None:
-        key = adapter.key
-        if key not in self._held:
-            if len(self._held) < self._n_slots:
-                slot = len(self._held) + 1
-                if slot > self._n_there:
-                    for layer in self.layers.values():
-                        layer.grow()
-                    self._n_there = slot
-            else:
-                unused = next((key for key in self._held if not self._users[key]), None)
-                if unused is None:
-                    raise RuntimeError("all adapters in memory are in use")
-                slot = self._held.pop(unused)
-            # It may have been in memory when it was asked for, and have gone since.
-            updates = adapter.updates if adapter.updates is not None else self._read(key)
+        """Bring an adapter into a slot."""
+        if adapter not in self._held:
+            # Reading may fail, so nothing goes for it before.
+            with self._ahead_lock:
+                updates = self._ahead.get(adapter)
+            if updates is None:
+                updates = self._load(adapter)
+            slot = self._free_slot()
             for path, layer in self.layers.items():
                 layer.put(slot, updates.get(path))
-            self._held[key] = slot
-        self._held.move_to_end(key)
+            self._held[adapter] = slot
+            with self._ahead_lock:
+                self._ahead.pop(adapter, None)
+        self._held.move_to_end(adapter)
 
-    def _load(self, key: Fusion) -> Updates:
-        if [weight for _, weight in key] == [1.0]:
-            return read_updates(self._folders[key[0][0]])
-        return fuse(self._folders, dict(key))
+    def _free_slot(self) -> int:
+        """A slot with nothing in it; what was used least recently goes if there is none."""
+        if len(self._held) == self._n_slots:
+            unused = next((one for one in self._held if not self._users[one]), None)
+            if unused is None:
+                raise RuntimeError("all adapters in memory are in use")
+            del self._held[unused]
+        taken = set(self._held.values())
+        slot = next(slot for slot in range(1, self._n_slots + 1) if slot not in taken)
+        if slot > self._n_there:
+            for layer in self.layers.values():
+                layer.grow(slot)
+            self._n_there = slot
+        return slot
+
+    def _load(self, adapter: Adapter) -> Updates:
+        if [weight for _, weight in adapter] == [1.0]:
+            return read_updates(self._folders[adapter[0][0]])
+        return fuse(self._folders, dict(adapter))
 
 
 def _check_fits(name: str, path: str, shape: tuple[int, int, int], model: Any) -> None:

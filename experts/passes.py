@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from experts.errors import ExpertConfigError
 from experts.kv_cache import AttentionMask, SlotCache
 from experts.lora import NO_ADAPTER, AdapterSlots, AdapterUse
 
@@ -43,8 +44,8 @@ class Passes(Protocol):
         """Whether there is a place for a row now; always, once all others have left."""
         ...
 
-    def join(self, row: Row) -> None:
-        """Give a row a place."""
+    def join(self, row: Row) -> Exception | None:
+        """Give a row a place; an error if it can have none, which then need not be freed."""
         ...
 
     def leave(self, rows: Sequence[Row]) -> None:
@@ -180,10 +181,14 @@ class ModelPasses:
         """Whether the adapters of a row can be in memory now."""
         return self._adapters.fits(row.prompt.adapters)
 
-    def join(self, row: Row) -> None:
-        """Give a row a place."""
-        self._adapters.acquire(row.prompt.adapters)
+    def join(self, row: Row) -> ExpertConfigError | None:
+        """Give a row a place; an error if its adapters cannot be read any more."""
+        try:
+            self._adapters.acquire(row.prompt.adapters)
+        except ExpertConfigError as exc:
+            return exc
         self._lane.join(row)
+        return None
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Free the places of rows."""

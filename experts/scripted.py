@@ -2,7 +2,8 @@
 
 Words stand for tokens: they are counted, limited and given log-probabilities. Without delays an
 answer costs a few microseconds per piece and never waits. As a stand-in for a member of a latent
-collaboration an expert says that it listens to the request's ``peers``, and keeps to its script.
+collaboration an expert says that it listens to the request's ``peers``, as one for a model with
+adapters that it mixes the request's ``adapters``, and keeps to its script.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from experts.errors import (
     UnsupportedFeatureError,
 )
 from experts.features import check_features, required_features
+from experts.mixtures import mixture_of
 from experts.types import ChatRequest, Chunk, ExpertCard, Usage
 
 __all__ = ["ScriptedExpert"]
@@ -89,6 +91,7 @@ class ScriptedExpert:
         await self.check_health()
         texts = _texts(request)
         prompt_words = self._check(request)
+        mixture = mixture_of(request)
         rule = next(rule for pattern, rule in self._rules if pattern.search(texts[0]))
         fault = self._faults.next()
         rule = _faulty(rule, fault, request)
@@ -101,13 +104,16 @@ class ScriptedExpert:
             if rule.tool_call and isinstance(request, ChatRequest) and _wants_tools(request):
                 words = 0
                 for index in range(request.n):
-                    yield _tool_call(index, rule.tool_call, fault)
+                    chunk = _tool_call(index, rule.tool_call, fault)
+                    chunk.mixture, mixture = mixture, None
+                    yield chunk
                 if fault == "broken":
                     raise self._error("failed", timeout_s)
             else:
                 scripts = [self._script(rule, text, request, fault) for text in texts]
                 words = request.n * sum(script.words for script in scripts)
                 async for chunk in self._play(scripts, rule, request, clock):
+                    chunk.mixture, mixture = mixture, None
                     yield chunk
         finally:
             self.active -= 1

@@ -11,7 +11,8 @@ Knows nothing of Ray or HTTP. torch and transformers are imported when an engine
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,11 @@ from experts.errors import (
     ExpertFailedError,
     InvalidRequestError,
 )
-from experts.in_process import InProcessEngine, InProcessExpert, RowMaker, extra_field
+from experts.in_process import InProcessEngine, InProcessExpert, RowMaker
 from experts.loading import context_length_of, load_model
+from experts.mixtures import mixture_of
 from experts.prompts import PromptReader
-from experts.types import Message
+from experts.types import Chunk, Message, Mixture
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,6 @@ if TYPE_CHECKING:
     from experts.lora import AdapterUse
 
 __all__ = ["ForwardResult", "TransformersEngine", "TransformersExpert"]
-
-MERGINGS = ("outputs", "parameters")
-MAX_SHARE = 8.0
-"""Larger shares of an adapter only break its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,16 @@ class ForwardResult:
 
 class TransformersExpert(InProcessExpert):
     """One name on a transformers engine: its model, an adapter, or a token router."""
+
+    engine: TransformersEngine
+
+    async def stream(self, request: AnyRequest, *, timeout_s: float) -> AsyncGenerator[Chunk, None]:
+        """Answer a request piece by piece; see ``experts.base.Expert``."""
+        mixture = self.engine.mixture(self.card.name, request)
+        async with aclosing(super().stream(request, timeout_s=timeout_s)) as chunks:
+            async for chunk in chunks:
+                chunk.mixture, mixture = mixture, None
+                yield chunk
 
 
 class TransformersEngine(InProcessEngine[TransformersExpert]):
@@ -133,14 +141,14 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
         from experts.decoding import Prompt
 
         id_lists = self._maker.read(expert.card, request)
-        mixture = self._mixture(expert.card.name, request)
+        mixture = self.mixture(expert.card.name, request)
         # An adapter that is not in memory is read from disk.
         use = await asyncio.to_thread(self._use, expert.card.name, mixture)
         prompts = [Prompt(ids, use) for ids in id_lists]
         rows = await self._maker.rows(expert.card, request, prompts, pieces)
         return rows, sum(map(len, id_lists))
 
-    def _use(self, name: str, mixture: _Mixture | None = None) -> AdapterUse:
+    def _use(self, name: str, mixture: Mixture | None = None) -> AdapterUse:
         """How adapters change what an expert computes."""
         from experts.lora import NO_ADAPTER, AdapterUse
 
@@ -151,7 +159,7 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
                 if name == self.config.name:
                     return NO_ADAPTER
                 return AdapterUse(((self._adapters.adapter(name), 1.0),))
-            if mixture.merged:
+            if mixture.merging == "parameters":
                 parts = [(self._adapters.fused(mixture.shares), 1.0)] if mixture.shares else []
             else:
                 shares = mixture.shares.items()
@@ -162,34 +170,28 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
         self._adapters.check(use)
         return use
 
-    def _mixture(self, name: str, request: AnyRequest) -> _Mixture | None:
-        """The fields ``adapters`` and ``adapter_merging`` of a request, checked."""
-        shares, merging = (extra_field(request, field) for field in ("adapters", "adapter_merging"))
-        if shares is None:
+    def mixture(self, name: str, request: AnyRequest) -> Mixture | None:
+        """Which adapters a request has an expert mix; none if it does not.
+
+        Raises:
+            InvalidRequestError: The expert cannot.
+        """
+        mixture = mixture_of(request)
+        if mixture is None:
             return None
-        known = [adapter.name for adapter in self.config.adapters]
         if name != self.config.name:
             raise InvalidRequestError(
                 f"adapters are mixed by {self.config.name!r}, not by {name!r}", "adapters"
             )
-        if not isinstance(shares, Mapping) or not all(map(_is_share, shares.values())):
-            raise InvalidRequestError(
-                f"adapters must map names to shares from -{MAX_SHARE:g} to {MAX_SHARE:g}",
-                "adapters",
-            )
-        for adapter in shares:
+        known = [adapter.name for adapter in self.config.adapters]
+        for adapter in mixture.shares:
             if adapter not in known:
                 raise InvalidRequestError(
                     f"adapters names {adapter!r}, but {name!r} has "
                     f"{', '.join(map(repr, known)) or 'none'}",
                     "adapters",
                 )
-        if merging not in (None, *MERGINGS):
-            raise InvalidRequestError(
-                f"adapter_merging must be one of {', '.join(MERGINGS)}, got {merging!r}",
-                "adapter_merging",
-            )
-        return _Mixture({a: float(share) for a, share in shares.items()}, merging == "parameters")
+        return mixture
 
     def _forward(self, ids: list[int], use: AdapterUse) -> ForwardResult:
         import torch
@@ -207,23 +209,3 @@ class TransformersEngine(InProcessEngine[TransformersExpert]):
             self._adapters.release(use)
         hidden = torch.stack([state[0] for state in output.hidden_states])
         return ForwardResult(ids, output.logits[0], hidden)
-
-
-@dataclass(frozen=True, slots=True)
-class _Mixture:
-    """What a request asks to mix.
-
-    Attributes:
-        shares: Of each adapter.
-        merged: Whether they are made into one adapter of their rank, instead of adding up what
-            each of them does.
-    """
-
-    shares: dict[str, float]
-    merged: bool
-
-
-def _is_share(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return -MAX_SHARE <= value <= MAX_SHARE

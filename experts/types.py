@@ -32,7 +32,9 @@ __all__ = [
     "ExpertCard",
     "FunctionCall",
     "GenerationRequest",
+    "Merging",
     "Message",
+    "Mixture",
     "StreamOptions",
     "Tool",
     "ToolCall",
@@ -258,6 +260,24 @@ class Usage(BaseModel):
         )
 
 
+Merging = Literal["outputs", "parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Adapters that a model mixes for a request.
+
+    Attributes:
+        shares: What each adapter's update is multiplied by, by name; empty if the model answers as
+            it is.
+        merging: What is added up: what each adapter does, or their matrices, which makes one
+            adapter of their rank.
+    """
+
+    shares: dict[str, float]
+    merging: Merging
+
+
 @dataclass(slots=True)
 class Chunk:
     """A piece of an answer.
@@ -274,6 +294,7 @@ class Chunk:
             numbers; on the last chunk of an answer.
         peers: Who the writer listens to, with their gates; on the first chunk of a latent answer,
             and again when that changes.
+        mixture: Which adapters were mixed; on the first chunk of a request that asked for it.
     """
 
     index: int = 0
@@ -285,6 +306,7 @@ class Chunk:
     progress: str | None = None
     sources: list[dict[str, Any]] | None = None
     peers: dict[str, float] | None = None
+    mixture: Mixture | None = None
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from experts.base import AnyRequest
 from experts.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
-from experts.types import Usage
+from experts.types import Mixture, Usage
 
 if TYPE_CHECKING:
     from orchestrator.learning.learner import Lesson
@@ -179,7 +179,7 @@ class RequestContext:
         cache: What the response cache had for the request; none if there is no cache.
         peers: Who the writer listened to as its answer began, with their gates; none if it was not
             asked to.
-        adapters: Which adapters were mixed, with their shares; none if none were to be.
+        mixture: Which adapters were mixed; none if nobody was asked to mix any.
     """
 
     deadline: float
@@ -196,7 +196,7 @@ class RequestContext:
     lesson: Lesson | None = None
     cache: Lookup | None = None
     peers: dict[str, float] | None = None
-    adapters: dict[str, float] | None = None
+    mixture: Mixture | None = None
 
     @property
     def remaining_s(self) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experts.types import Mixture
 from orchestrator.config import parse_config
 from orchestrator.decision import Call, Decision, RequestContext
 from orchestrator.http.generation import decision_headers
@@ -67,7 +68,8 @@ def test_generated_parts_are_up_to_date():
 def test_every_response_header_is_documented():
     decision = Decision(experts=("a",), route="auto", category="maths", confidence=1.0)
     calls = [Call("a", cost_usd=0.1, seconds=1.0)]
-    context = RequestContext(deadline=0.0, calls=calls, peers={"b": 0.1})
+    mixture = Mixture({"b": 0.1}, "outputs")
+    context = RequestContext(deadline=0.0, calls=calls, peers={"b": 0.1}, mixture=mixture)
     text = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
     missing = [h for h in decision_headers(decision, context, debug=True) if f"`{h}`" not in text]
     assert not missing

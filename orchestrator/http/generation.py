@@ -68,7 +68,9 @@ def decision_headers(
         values["model"] = context.expert
         values["path"] = ">".join(context.path) or None
         values["peers"] = _weights(context.peers)
-        values["adapters"] = _weights(context.adapters)
+        if context.mixture is not None:
+            values["adapters"] = _weights(context.mixture.shares)
+            values["merging"] = context.mixture.merging
         if all(call.seconds is not None for call in context.calls):
             values["cost"] = f"{context.cost_usd:.6g}"
         values["cache"] = context.cache.state if context.cache else None

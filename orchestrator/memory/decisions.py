@@ -71,6 +71,8 @@ class DecisionRecord(_Record):
     to."""
     adapters: dict[str, float] | None = None
     """Which adapters the answer's model mixed, with their shares; null if it was not asked to."""
+    merging: str | None = None
+    """What of them was added up, ``outputs`` or ``parameters``; null if it was not asked to."""
     status: int
     """The HTTP status; 499 if the client left."""
     category: str | None
@@ -118,7 +120,8 @@ class DecisionRecord(_Record):
                 for call in context.calls
             ],
             peers=context.peers,
-            adapters=context.adapters,
+            adapters=context.mixture.shares if context.mixture else None,
+            merging=context.mixture.merging if context.mixture else None,
             status=status,
             category=decision.category,
             confidence=None if decision.confidence is None else float(decision.confidence),

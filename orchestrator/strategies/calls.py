@@ -80,7 +80,9 @@ async def stream_one(
     purpose: str = "answer",
     check: bool = True,
 ) -> AsyncGenerator[Chunk, None]:
-    """Stream one expert's answer; whom it says it listens to is noted, and paid for.
+    """Stream one expert's answer.
+
+    Which adapters it says it mixes is noted; whom it says it listens to is noted, and paid for.
 
     Args:
         name: Of the expert.
@@ -116,6 +118,7 @@ async def stream_one(
                     lost = listening.to(chunk.peers, written)
                     if lost and request.stream:
                         yield Chunk(progress=f"{name} goes on without {', '.join(lost)}")
+                context.mixture = chunk.mixture or context.mixture
                 written += len(chunk.text) + sum(map(_arguments, chunk.tool_calls or ()))
                 if chunk.usage is not None:
                     call.usage, known = chunk.usage, True

@@ -9,13 +9,17 @@ from pydantic import Field
 
 from experts.base import AnyRequest, Expert
 from experts.config import ExpertConfig, TransformersExpertConfig, cards_of
-from experts.types import Chunk
+from experts.types import Chunk, Merging
 from orchestrator.decision import Decision, RequestContext
 from orchestrator.strategies.base import Strategy
 from orchestrator.strategies.calls import stream_one
 from orchestrator.strategies.several import predicted, shares_by_quality
 
 __all__ = ["MixStrategy"]
+
+# Decimals of shares. No answer shows finer differences, but each would make an adapter of its
+# own where parameters are merged, which no other request finds in memory.
+SHARE_DECIMALS = 3
 
 # Engines that mix adapters; scripted experts stand in for a base and its adapters.
 MIXING: frozenset[str] = frozenset({"transformers", "scripted"})
@@ -44,7 +48,7 @@ class MixStrategy(Strategy):
     """Shares: the softmax of the log-odds of predicted qualities, or all the same."""
     min_share: float = Field(default=0.01, ge=0, lt=1)
     """Adapters with less are left out, and the others' shares made 1 again."""
-    merging: Literal["outputs", "parameters"] = "outputs"
+    merging: Merging = "outputs"
     """What is added up: what adapters do, or their matrices, which makes one adapter of them."""
     token_router: str | None = None
     """A token router of the base, which shares out adapters instead wherever one of them is
@@ -66,7 +70,6 @@ class MixStrategy(Strategy):
         shares = self.shares(decision)
         if shares and self.token_router is not None:
             return stream_one(self.token_router, request, experts, context)
-        context.adapters = shares
         fields = {"adapters": shares, "adapter_merging": self.merging}
         return stream_one(self.base, request.model_copy(update=fields), experts, context)
 
@@ -82,9 +85,8 @@ class MixStrategy(Strategy):
         shares = shares_by_quality([known.get(name, 0.5) for name in names])
         # The largest is never left out, however many share.
         least = min(self.min_share, max(shares))
-        kept = {n: share for n, share in zip(names, shares, strict=True) if share >= least}
-        total = sum(kept.values())
-        return {name: share / total for name, share in kept.items()}
+        kept = _whole({n: share for n, share in zip(names, shares, strict=True) if share >= least})
+        return _whole({name: round(share, SHARE_DECIMALS) for name, share in kept.items()})
 
     def check_experts(
         self, route: str, names: Sequence[str], entries: Iterable[ExpertConfig]
@@ -120,3 +122,9 @@ class MixStrategy(Strategy):
                 f"engine 'transformers' and the route's experts to be its adapters, which "
                 f"{', '.join(map(repr, others))} are not"
             )
+
+
+def _whole(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares that sum to 1, without those of nothing."""
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items() if share}

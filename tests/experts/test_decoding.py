@@ -72,8 +72,8 @@ class FailingPasses:
     def fits(self, row: Row) -> bool:
         return True
 
-    def join(self, row: Row) -> None:
-        pass
+    def join(self, row: Row) -> Exception | None:
+        return None
 
     def leave(self, rows: Sequence[Row]) -> None:
         pass
@@ -99,6 +99,27 @@ def test_failure_of_any_method_fails_its_rows_and_later_ones_are_answered(name):
         assert later.error is None
         assert later.ids == [1] * 4
         assert decoder.call(lambda: 5).result(WAIT_S) == 5
+    finally:
+        decoder.close()
+
+
+class RefusingPasses(FailingPasses):
+    """Has no place for rows whose prompt is one token."""
+
+    def join(self, row: Row) -> Exception | None:
+        return ValueError("no place") if len(row.prompt.token_ids) == 1 else None
+
+
+def test_a_row_that_gets_no_place_fails_alone():
+    decoder = Decoder(RefusingPasses(), max_rows=4)
+    try:
+        rows = [_row(), _row([1]), _row()]
+        decoder.submit(rows)
+        sinks = [row.sink for row in rows if isinstance(row.sink, Sink)]
+        assert all(sink.done.wait(WAIT_S) for sink in sinks)
+        assert [str(sink.error) for sink in sinks] == ["None", "no place", "None"]
+        assert [sink.ids for sink in sinks] == [[1] * 4, [], [1] * 4]
+        assert decoder.load == 0
     finally:
         decoder.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from experts import lora  # noqa: E402
 from experts.adapter_files import read_updates  # noqa: E402
+from experts.decoding import Prompt, Row  # noqa: E402
 from experts.errors import ExpertConfigError, InvalidRequestError  # noqa: E402
-from experts.lora import NO_ADAPTER, AdapterSlots, AdapterUse  # noqa: E402
+from experts.lora import AHEAD, MADE, NO_ADAPTER, AdapterSlots, AdapterUse  # noqa: E402
+from experts.passes import ModelPasses  # noqa: E402
+from experts.sampling import Sampler, SamplingOptions  # noqa: E402
 from experts.token_routing import TokenRouter  # noqa: E402
 from tests.experts.latent import tiny  # noqa: E402
+from tests.experts.test_decoding import Sink  # noqa: E402
 
 NAMES = ("a", "b", "c", "d", "e")
 IDS = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -57,6 +64,30 @@ def opened(folders):
         return model, AdapterSlots(model, folders, **options)
 
     return open_
+
+
+@pytest.fixture
+def copied(folders, tmp_path) -> dict[str, Path]:
+    """The same adapters in folders that a test may delete."""
+    return {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[weakref.ref[Any]]:
+    """A matrix of each adapter that slots read or make, for as long as it is kept."""
+    found: list[weakref.ref[Any]] = []
+
+    def noting(function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            updates = function(*given)
+            found.append(weakref.ref(next(iter(updates.values())).down))
+            return updates
+
+        return call
+
+    for name in ("read_updates", "fuse"):
+        monkeypatch.setattr(lora, name, noting(getattr(lora, name)))
+    return found
 
 
 def _model() -> Any:
@@ -132,6 +163,105 @@ def test_more_adapters_than_memory_has_room_for_answer_as_if_all_were_there(open
     model, slots = opened(n_slots=2)
     for name in [*NAMES, *reversed(NAMES), "a", "c", "a", "d"]:
         assert torch.equal(_logits(model, slots, [_mixed(slots, **{name: 1.0})]), expected[name])
+        assert _n_slots(slots) == 2
+
+
+def _n_slots(slots: AdapterSlots) -> int:
+    """Adapters that the stacks of all layers have room for."""
+    (found,) = {len(stack) for one in slots.layers.values() for stack in (one.down, one.up)}
+    return found - 1
+
+
+def test_few_matrices_are_kept_beside_those_in_slots(opened, read):
+    model, slots = opened(n_slots=2)
+    names = [*NAMES, *NAMES[:2]]
+    uses = [_mixed(slots, **{name: 1.0}) for name in names]
+    uses += [AdapterUse(((slots.fused({"a": 0.5, "b": 0.1 * n}), 1.0),)) for n in range(1, 9)]
+    assert len(read) > AHEAD
+    assert sum(one() is not None for one in read) == AHEAD
+    for use in reversed(uses):
+        _logits(model, slots, [use])
+    # All uses are still there, as rows would be that wait or are being answered.
+    assert sum(one() is not None for one in read) == 0
+    assert _n_slots(slots) == 2
+    opened()
+    assert sum(one() is not None for one in read) == 0
+
+
+def test_what_was_read_ahead_is_not_read_again(opened, read):
+    model, slots = opened(n_slots=2)
+    uses = [_mixed(slots, **{name: 1.0}) for name in NAMES[:AHEAD]]
+    for _ in range(2):
+        _mixed(slots, **dict.fromkeys(NAMES[:AHEAD], 1.0))
+    for use in uses:
+        _logits(model, slots, [use])
+    assert len(read) == AHEAD
+
+
+def test_an_adapter_that_cannot_be_read_takes_no_slot_and_no_users(opened, copied):
+    plain, all_slots = opened()
+    expected = {n: _logits(plain, all_slots, [_mixed(all_slots, **{n: 1.0})] * 2) for n in NAMES}
+    model = _model()
+    slots = AdapterSlots(model, copied, n_slots=2)
+    lost = _mixed(slots, a=1.0)
+    for name in "abc":
+        _logits(model, slots, [_mixed(slots, **{name: 1.0})])
+    shutil.rmtree(copied["a"])
+    for use in (lost, AdapterUse((*_mixed(slots, b=0.5).shares, *lost.shares))):
+        with pytest.raises(ExpertConfigError, match="holds no adapter_config"):
+            slots.acquire(use)
+        assert slots.fits(_mixed(slots, d=0.5, e=0.5))
+    for pair in ("ce", "bd", "ed", "cb"):
+        found = _logits(model, slots, [_mixed(slots, **{name: 1.0}) for name in pair])
+        for row, name in enumerate(pair):
+            assert torch.equal(found[row], expected[name][row])
+    with pytest.raises(ExpertConfigError):
+        slots.adapter("a")
+
+
+def test_memory_that_runs_out_while_an_adapter_comes_in_loses_no_slot(opened, monkeypatch):
+    """Whether a layer fails to grow, or to take an adapter that others have taken."""
+    model, slots = opened()
+    mixed = _mixed(slots, a=0.5, b=0.5)
+    expected = {n: _logits(model, slots, [_mixed(slots, **{n: 1.0})] * 2) for n in NAMES}
+    mixture = _logits(model, slots, [mixed])
+    *_, last = slots.layers.values()
+    merged = AdapterUse(((slots.fused({"a": 0.5, "b": 0.5}), 1.0),))
+    for method in ("grow", "put"):
+        with monkeypatch.context() as patch:
+            patch.setattr(last, method, _raise)
+            with pytest.raises(MemoryError):
+                slots.acquire(merged)
+        assert torch.equal(_logits(model, slots, [mixed]), mixture)
+    for name in NAMES:
+        found = _logits(model, slots, [_mixed(slots, **{name: 1.0}), merged])
+        assert torch.equal(found[0], expected[name][0])
+    assert _n_slots(slots) == len(NAMES) + 1
+
+
+def _raise(*given: Any) -> None:
+    raise MemoryError
+
+
+def test_a_row_whose_adapter_is_gone_has_no_place_and_others_keep_theirs(copied):
+    model = _model()
+    slots = AdapterSlots(model, copied, n_slots=2)
+    passes = ModelPasses(model, slots, max_rows=2)
+    rows = [
+        Row(Prompt([5, 6], _mixed(slots, **{name: 1.0})), Sampler(SamplingOptions(temperature=0)),
+            4, frozenset(), Sink())
+        for name in "abcde"
+    ]  # fmt: skip
+    shutil.rmtree(copied["a"])
+    assert passes.join(rows[1]) is None
+    # Four more were asked for since, so its matrices were let go.
+    assert isinstance(passes.join(rows[0]), ExpertConfigError)
+    assert passes.join(rows[2]) is None
+    for row in rows[1:3]:
+        _, logits = passes.read(row, 100)
+        assert logits is not None
+    passes.leave(rows[1:3])
+    assert slots.fits(_mixed(slots, d=0.5, e=0.5))
 
 
 def test_rows_of_a_batch_change_their_adapters_from_pass_to_pass(opened):
@@ -212,14 +342,21 @@ def test_routers_adapters_stay_in_memory(opened):
     slots.check(_mixed(slots, a=0.5, b=0.5, d=0.5))
 
 
-def test_merges_have_places_beside_adapters_that_stay(opened):
+def test_merges_have_places_beside_adapters_that_stay(opened, read):
     """Without a bound no adapter has to go for them; with one, there must be room for others."""
     model, slots = opened(routers={"arrow": TokenRouter("arrow", NAMES, 1)})
     expected = _logits(model, slots, [AdapterUse(router="arrow")])
-    merges = [{"a": 0.1 * n, "b": 0.5} for n in range(1, 13)]
+    assert _n_slots(slots) == len(NAMES)
+    merges = [{"a": 0.1 * n, "b": 0.5} for n in range(1, MADE + 5)]
     uses = [AdapterUse(((slots.fused(weights), 1.0),)) for weights in merges]
     alone = [_logits(model, slots, [use]) for use in uses]
+    assert _n_slots(slots) == len(NAMES) + MADE
+    read.clear()
+    for use, logits in zip(uses[-MADE:], alone[-MADE:], strict=True):
+        assert torch.equal(_logits(model, slots, [use]), logits)
+    assert not read
     assert torch.equal(_logits(model, slots, [uses[0]]), alone[0])
+    assert len(read) == 1
     assert torch.equal(_logits(model, slots, [AdapterUse(router="arrow")]), expected)
     with pytest.raises(ExpertConfigError, match="room for 2, others included"):
         opened(n_slots=2, routers={"arrow": TokenRouter("arrow", ("a", "b"), 1)})
@@ -237,7 +374,7 @@ def test_after_a_failure_no_adapter_stays_in_use(opened):
 def test_engine_serves_more_adapters_than_it_holds_and_mixes_them(folders, tmp_path):
     from experts.config import AdapterConfig, TokenRouterConfig, TransformersExpertConfig
     from experts.transformers_engine import TransformersEngine
-    from experts.types import ChatRequest, collect
+    from experts.types import ChatRequest, Mixture, collect
 
     engine = TransformersEngine(
         TransformersExpertConfig(
@@ -265,6 +402,15 @@ def test_engine_serves_more_adapters_than_it_holds_and_mixes_them(folders, tmp_p
         assert await ask("base", adapters={"a": 0.5, "c": 0.5}) != alone["base"]
         merged = {"adapters": {"c": 0.5, "d": 0.5}, "adapter_merging": "parameters"}
         assert await ask("base", **merged) != alone["base"]
+        body = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "max_tokens": 3}
+        for asked, said in (
+            (merged, Mixture({"c": 0.5, "d": 0.5}, "parameters")),
+            ({"adapters": {"c": 2}}, Mixture({"c": 2.0}, "outputs")),
+            ({}, None),
+        ):
+            request = ChatRequest.model_validate({**body, **asked})
+            found = [one async for one in engine.experts()["base"].stream(request, timeout_s=60)]
+            assert [chunk.mixture for chunk in found] == [said] + [None] * (len(found) - 1)
         for fields, message in (
             ({"adapters": {"x": 1.0}}, "adapters names 'x', but 'base' has 'a'"),
             ({"adapters": {"a": 99}}, "shares from -8 to 8"),

@@ -107,6 +107,7 @@ async def test_a_route_mixes_adapters_and_the_base_answers_what_is_near_none(orc
     shares = dict(part.split("=") for part in mixed.headers["x-collegium-adapters"].split(","))
     assert float(shares["one"]) > float(shares.get("two", 0))
     assert sum(map(float, shares.values())) == pytest.approx(1, abs=1e-3)
+    assert mixed.headers["x-collegium-merging"] == "outputs"
     far = await _ask(orchestrator, "mixed", "zzzz 99")
     assert far.headers["x-collegium-adapters"] == "none"
     assert _text(far) == _text(await _ask(orchestrator, "smol", "zzzz 99"))

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from experts.types import ChatRequest
+from experts.types import ChatRequest, Mixture
 from orchestrator.config import ConfigError, parse_config
+from orchestrator.decision import Candidate, Decision
 from orchestrator.memory.decisions import DecisionRecord
 from orchestrator.strategies.mix import MixStrategy
 from tests.orchestrator.composing import Run, scripted
 from tests.orchestrator.support import CHAT, build, chat_body, client, config_content, expert
 
-ADAPTERS = "x-collegium-adapters"
+ADAPTERS, MERGING = "x-collegium-adapters", "x-collegium-merging"
 
 
 def run_of(*names: str, width: int | None = None, **settings: Any) -> Run:
@@ -35,13 +36,11 @@ async def fields_of(run: Run) -> dict[str, Any]:
 
 async def test_shares_are_those_of_the_log_odds_of_the_best():
     run = run_of("a", "b", "c", "d")
-    # Odds of 9, 4 and 7/3.
-    total = 9 + 4 + 7 / 3
-    shares = {"a": 9 / total, "b": 4 / total, "c": 7 / 3 / total}
+    # Odds of 9, 4 and 7/3, of 46/3 together.
     fields = await fields_of(run)
-    assert fields["adapters"] == pytest.approx(shares)
+    assert fields["adapters"] == pytest.approx({"a": 0.587, "b": 0.261, "c": 0.152})
     assert fields["adapter_merging"] == "outputs"
-    assert run.context.adapters == fields["adapters"]
+    assert run.context.mixture == Mixture(fields["adapters"], "outputs")
 
 
 async def test_shares_may_be_equal_and_parameters_merged():
@@ -58,8 +57,27 @@ async def test_the_request_says_how_many():
 
 async def test_small_shares_are_left_out():
     shares = (await fields_of(run_of("a", "b", "c", min_share=0.2)))["adapters"]
-    assert shares == pytest.approx({"a": 9 / 13, "b": 4 / 13})
+    assert shares == pytest.approx({"a": 0.692, "b": 0.308})
     assert (await fields_of(run_of("a", "b", min_share=0.99)))["adapters"] == {"a": 1.0}
+
+
+def decided(**qualities: float) -> Decision:
+    """A decision with these predicted qualities."""
+    candidates = tuple(Candidate(name, quality=quality) for name, quality in qualities.items())
+    return Decision(experts=tuple(qualities), candidates=candidates)
+
+
+def test_nearly_equal_predictions_give_the_same_shares():
+    """So that of merged parameters the same adapter comes out, which memory has."""
+    strategy = MixStrategy(type="mix", base="base", merging="parameters", min_share=0)
+    shares = strategy.shares(decided(a=0.9, b=0.8, c=0.7))
+    assert strategy.shares(decided(a=0.90002, b=0.79998, c=0.70001)) == shares
+    assert strategy.shares(decided(a=0.91, b=0.8, c=0.7)) != shares
+    assert sum(shares.values()) == pytest.approx(1)
+    # Odds of 9, 1 and 1/4999: the last has nothing left after rounding.
+    assert strategy.shares(decided(a=0.9, b=0.5, c=0.0002)) == {"a": 0.9, "b": 0.1}
+    thirds = strategy.shares(decided(a=0.5, b=0.5, c=0.5))
+    assert thirds == pytest.approx(dict.fromkeys("abc", 1 / 3))
 
 
 async def test_the_base_answers_alone_where_it_is_best_and_is_no_adapter_elsewhere():
@@ -74,7 +92,8 @@ async def test_a_token_router_may_share_out_what_is_not_the_bases():
         run = Run(strategy, [scripted(name) for name in names], outside=outside)
         assert (await run.answer()).text == asked
         assert run.context.path == [asked]
-        assert run.context.adapters == ({} if asked == "base" else None)
+        expected = Mixture({}, "outputs") if asked == "base" else None
+        assert run.context.mixture == expected
 
 
 async def test_text_completions_are_mixed_too():
@@ -96,7 +115,8 @@ async def test_headers_and_the_record_name_the_adapters(stream: bool):
     orchestrator = build(parse_config(content_of()))
     http = client(orchestrator)
     response = await http.post(CHAT, json=chat_body(stream=stream))
-    assert response.headers[ADAPTERS] == "large=0.7941,medium=0.2059"
+    assert response.headers[ADAPTERS] == "large=0.7940,medium=0.2060"
+    assert response.headers[MERGING] == "outputs"
     assert response.headers["x-collegium-model"] == "small"
     assert response.headers["x-collegium-strategy"] == "mix"
     (request,) = expert(orchestrator, "small").requests
@@ -104,9 +124,33 @@ async def test_headers_and_the_record_name_the_adapters(stream: bool):
     id = response.headers["x-collegium-decision-id"]
     found = await http.get(f"/v1/decisions/{id}")
     record = DecisionRecord.model_validate_json(found.content)
-    assert record.adapters == pytest.approx({"large": 27 / 34, "medium": 7 / 34})
+    assert record.adapters == pytest.approx({"large": 0.794, "medium": 0.206})
+    assert record.merging == "outputs"
     assert record.peers is None
-    assert ADAPTERS not in (await http.post(CHAT, json=chat_body(model="small"))).headers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_headers_and_the_record_name_what_a_request_mixes_itself(stream: bool):
+    http = client(build(parse_config(content_of())))
+
+    async def ask(**fields: Any) -> Any:
+        return await http.post(CHAT, json=chat_body(model="small", stream=stream, **fields))
+
+    mixed = await ask(adapters={"large": 0.75, "medium": -1}, adapter_merging="parameters")
+    assert mixed.headers[ADAPTERS] == "large=0.7500,medium=-1.0000"
+    assert mixed.headers[MERGING] == "parameters"
+    found = await http.get(f"/v1/decisions/{mixed.headers['x-collegium-decision-id']}")
+    assert found.json()["adapters"] == {"large": 0.75, "medium": -1.0}
+    assert found.json()["merging"] == "parameters"
+    assert (await ask(adapters={"large": 1})).headers[MERGING] == "outputs"
+    assert (await ask(adapters={})).headers[ADAPTERS] == "none"
+    plain = await ask()
+    assert plain.status_code == 200
+    assert not {ADAPTERS, MERGING} & plain.headers.keys()
+    for fields in ({"adapters": ["large"]}, {"adapters": {"large": 9}}, {"adapters": {"large": ""}},
+                   {"adapters": {}, "adapter_merging": "sum"}):  # fmt: skip
+        refused = await ask(**fields)
+        assert (refused.status_code, ADAPTERS in refused.headers) == (400, False)
 
 
 TRANSFORMERS = {
