@@ -149,7 +149,7 @@ def test_routers_of_the_table_choose_the_adapters(routed, method, place, expecte
     """Each entry is an adapter that is used, made of those in it; its share if it is one."""
     use = METHODS[method].prepare(routed, 0).choose(place)
     found = [
-        dict(adapter.key) if len(adapter.key) > 1 else {adapter.key[0][0]: share}
+        dict(adapter) if len(adapter) > 1 else {adapter[0][0]: share}
         for adapter, share in use.shares
     ]
     assert found == [pytest.approx(one, abs=0.02) for one in expected]
@@ -157,7 +157,7 @@ def test_routers_of_the_table_choose_the_adapters(routed, method, place, expecte
 
 def test_smear_fuses_all_by_the_softmax_of_a_regression(routed):
     (adapter, share), = METHODS["SMEAR-style"].prepare(routed, 0).choose(2).shares  # fmt: skip
-    weights = dict(adapter.key)
+    weights = dict(adapter)
     quality = get_router_class("ridge")().fit(routed.table).predict(
         [Query(QUESTIONS[2].prompt)], ["one", "two"]
     ).quality[0].astype(float)  # fmt: skip
