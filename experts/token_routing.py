@@ -352,7 +352,7 @@ def read_token_router(config: TokenRouterConfig, adapters: Mapping[str, Path]) -
             )
         if weights_hash(folder) != manifest.adapters[name]:
             raise ExpertConfigError(
-                f"token router {config.name!r}: adapter {name!r} has other weights than the gates "
+                f"token router {config.name!r}: adapter {name!r} is another than the gates "
                 "were made for; make them again"
             )
     rows = [known.index(name) for name in chosen]
