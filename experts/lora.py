@@ -199,7 +199,9 @@ class _AdaptedLinear(nn.Module):
             if router in self._gates:
                 gate, places = self._gates[router]
                 routed = torch.zeros_like(found)
-                routed[..., places] = gate(x.float(), hidden[:, :, places].float())
+                given = gate(x.float(), hidden[:, :, places].float())
+                # Where products are cast, as in training, shares may be too.
+                routed[..., places] = given.to(routed.dtype)
                 found = torch.where(chosen[:, None, None], routed, found)
         return found
 

@@ -271,7 +271,7 @@ def test_references_are_adapters_mixtures_and_checkpoints(library, home, tmp_pat
     data = tmp_path / "all.jsonl"
     rows = [{"prompt": q.prompt, "answer": q.answer} for q in QUESTIONS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ["steps=2", "rank=2", "precision=float32", "target_modules=[q_proj]"]
+    settings = ["steps=2", "rank=2", "target_modules=[q_proj]"]
     run(
         "mixture", "--data", str(data), "--base", str(home / "base"), "--experts", "3",
         "--out", str(tmp_path / "moe"), *(part for one in settings for part in ("--set", one)),
