@@ -141,7 +141,7 @@ def test_gates_are_made_kept_and_taken_for_an_expert(library, home, tmp_path):
     with pytest.raises(ExpertConfigError, match="'two' is not in both"):
         read_token_router(TokenRouterConfig(name="r", gates=str(out)), {"one": home / "one"})
     swapped = {"one": home / "two", "two": home / "two"}
-    with pytest.raises(ExpertConfigError, match="other weights than the gates"):
+    with pytest.raises(ExpertConfigError, match="is another than the gates"):
         read_token_router(TokenRouterConfig(name="r", gates=str(out)), swapped)
     with pytest.raises(ExpertConfigError, match="holds no gates"):
         read_token_router(TokenRouterConfig(name="r", gates=str(tmp_path)), folders)
