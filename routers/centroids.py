@@ -111,7 +111,7 @@ class CentroidsRouter(GrowingRouter):
         # A table of the newcomers' texts alone says nothing of those that are no model's.
         if not set(own) <= set(names):
             self.others_ = _mean(rows.vectors[own == NOBODY])[0]
-            self._ready()
+        self._models_changed()
         return {name: int((own == name).sum()) for name in names}
 
     def _describe(

@@ -36,7 +36,8 @@ class GrowingRouter(VectorRouter):
         raise NotImplementedError
 
     def _models_changed(self) -> None:
-        """Called when a model has come or gone: learn again what depends on all of them."""
+        """Called when models have come or gone: learn again what depends on all of them."""
+        self._ready()
 
     def add_models(
         self, names: Sequence[str], table: OutcomeTable, *, split: str = "train"
@@ -76,6 +77,7 @@ class GrowingRouter(VectorRouter):
         if not ((values >= 0) & (values <= 1)).all():
             raise RouterError("scores must lie in [0, 1]; leave out texts that were not run")
         self._append(name, self._describe(self._encode_all(texts), values))
+        self._models_changed()
         return self
 
     def _check_free(self, name: str) -> None:
@@ -85,7 +87,7 @@ class GrowingRouter(VectorRouter):
             )
 
     def _append(self, name: str, described: Mapping[str, NDArray[Any]]) -> None:
-        """Give a model places in the arrays."""
+        """Give a model places in the arrays; ``_models_changed`` is to follow."""
         import numpy as np
 
         for array, new in described.items():
@@ -93,8 +95,6 @@ class GrowingRouter(VectorRouter):
             old = getattr(self, f"{array}_")
             setattr(self, f"{array}_", np.concatenate([old, new], axis=axis))
         self.models_ = [*self.models, name]
-        self._models_changed()
-        self._ready()
 
     def remove_model(self, name: str) -> Self:
         """Forget a model.
@@ -115,5 +115,4 @@ class GrowingRouter(VectorRouter):
         self.models_ = [other for other in models if other != name]
         self.measured = {other: of for other, of in self.measured.items() if other != name}
         self._models_changed()
-        self._ready()
         return self

@@ -46,11 +46,11 @@ class PilotsRouter(GrowingRouter):
         random_state: Seed of the clusters.
 
     Attributes:
-        pilots_: Unit vectors, shape (n_pilots, width).
-        winners_: Position of each pilot's model, shape (n_pilots,).
         vectors_: Of the prompts, shape (n_prompts, width).
         groups_: Category or cluster of each, shape (n_prompts,).
         scores_: Shape (n_prompts, n_models), -1 where missing.
+        pilots_: Counted from these; unit vectors, shape (n_pilots, width).
+        winners_: Position of each pilot's model, shape (n_pilots,).
         slope_, biases_: Cosine to quality, see ``routers.calibration``; biases (n_models,).
 
     References:
@@ -61,8 +61,6 @@ class PilotsRouter(GrowingRouter):
 
     method = "pilots"
     arrays: ClassVar = {
-        "pilots": ("pilots", "width"),
-        "winners": ("pilots",),
         "vectors": ("prompts", "width"),
         "groups": ("prompts",),
         "scores": ("prompts", "models"),
@@ -95,7 +93,7 @@ class PilotsRouter(GrowingRouter):
         self.vectors_ = rows.vectors
         self.scores_ = np.where(np.isnan(rows.scores), MISSING, rows.scores)
         self._group(rows.categories)
-        self._count_votes()
+        self._models_changed()
 
     def _group(self, categories: Sequence[str] | None) -> None:
         """Say which prompts vote together."""
@@ -108,17 +106,28 @@ class PilotsRouter(GrowingRouter):
             places = {name: place for place, name in enumerate(self.categories_)}
             self.groups_ = np.array([places[name] for name in categories], np.intp)
 
+    def _models_changed(self) -> None:
+        import numpy as np
+
+        self._ready()
+        scores = np.where(self.scores_ == MISSING, np.nan, self.scores_)
+        self.biases_ = np.zeros(scores.shape[1])
+        cosines = np.array([self._cosines(vector) for vector in self.vectors_])
+        self.slope_, self.biases_ = fit_platt(cosines, scores)
+
+    def _ready(self) -> None:
+        if self.categories_ is not None:
+            self._check_positions("groups", len(self.categories_))
+        self._count_votes()
+
     def _count_votes(self) -> None:
         import numpy as np
 
-        scores = np.where(self.scores_ == MISSING, np.nan, self.scores_)
-        votes = _votes(scores)
-        n_models = scores.shape[1]
+        votes = _votes(np.where(self.scores_ == MISSING, np.nan, self.scores_))
         pilots, winners = [], []
         for group in np.unique(self.groups_):
             inside = self.groups_ == group
-            for model in range(n_models):
-                weights = votes[inside, model]
+            for model, weights in enumerate(votes[inside].T):
                 if weights.sum() >= max(self.least_votes, 1e-9):
                     mean = weights @ self.vectors_[inside]
                     pilots.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
@@ -126,17 +135,6 @@ class PilotsRouter(GrowingRouter):
         width = self.vectors_.shape[1]
         self.pilots_ = np.array(pilots, np.float32).reshape(len(pilots), width)
         self.winners_ = np.array(winners, np.int64)
-        self.biases_ = np.zeros(n_models)
-        cosines = np.array([self._cosines(vector) for vector in self.vectors_])
-        self.slope_, self.biases_ = fit_platt(cosines, scores)
-
-    def _models_changed(self) -> None:
-        self._count_votes()
-
-    def _ready(self) -> None:
-        self._check_positions("winners", len(self.models))
-        if self.categories_ is not None:
-            self._check_positions("groups", len(self.categories_))
 
     def _places(self, vectors: NDArray[np.float32]) -> NDArray[np.intp]:
         """Places of prompts among those it keeps, -1 for new ones, shape (n_prompts,).
@@ -195,6 +193,7 @@ class PilotsRouter(GrowingRouter):
             scores = rows.scores[:, rows.models.index(name)]
             self._append(name, self._of_model(places, scores))
             found[name] = int((~np.isnan(scores)).sum())
+        self._models_changed()
         return found
 
     def _add_prompts(self, rows: TrainingRows) -> None:

@@ -172,6 +172,7 @@ def summarise(
     base: Measured,
     oracle: Measured | None,
     places: NDArray[np.intp],
+    resamples: Resamples,
 ) -> Summary:
     """Put together a method's seeds on some questions; intervals are over questions.
 
@@ -180,6 +181,7 @@ def summarise(
         base: The base alone.
         oracle: Each question by its domain's adapter; none if there is none.
         places: Positions of the questions.
+        resamples: Of as many questions.
     """
 
     def mean(rows: Sequence[Measured], part: str) -> NDArray[np.float64]:
@@ -193,7 +195,6 @@ def summarise(
     if oracle is not None:
         best = mean([oracle], "losses") / tokens
         gains = np.stack([alone - losses, alone - best], axis=1)
-        resamples = Resamples(len(places))
         drawn, most = resamples.totals(gains).T
         value = float(gains[:, 0].sum() / gains[:, 1].sum())
         gain = resamples.estimate(value, drawn / most, len(places))

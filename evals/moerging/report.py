@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from evals.metrics import Resamples
 from evals.moerging.measure import Measured, Summary, summarise, with_exit
 from evals.moerging.methods import METHODS
 from evals.moerging.setting import Question
@@ -38,6 +39,9 @@ def as_json(
     inside = np.array([question.domain in domains for question in questions])
     alone = made[ALONE][0]
     oracle = made[ORACLE][0] if ORACLE in made else None
+    parts = {"in_domain": np.flatnonzero(inside), "out_of_domain": np.flatnonzero(~inside)}
+    # The same for all methods, so that their intervals are of one draw.
+    drawn = {where: Resamples(len(places)) for where, places in parts.items() if len(places)}
     lines = []
     for name, method in METHODS.items():
         if name not in made:
@@ -53,15 +57,13 @@ def as_json(
             "reading_ms": float(np.mean([row.reading_ms for row in rows])),
             "relative_time": float(np.mean([row.relative_time for row in rows])),
         }
-        for where, chosen in (("in_domain", inside), ("out_of_domain", ~inside)):
-            if chosen.any():
-                there = oracle if where == "in_domain" else None
-                found = summarise(rows, alone, there, np.flatnonzero(chosen))
-                line[where] = _plain(found)
-                if leaves is not None:
-                    left = [with_exit(row, alone, leaves) for row in rows]
-                    found = summarise(left, alone, there, np.flatnonzero(chosen))
-                    line[where]["with_exit"] = _plain(found)
+        for where, resamples in drawn.items():
+            there = oracle if where == "in_domain" else None
+            line[where] = _plain(summarise(rows, alone, there, parts[where], resamples))
+            if leaves is not None:
+                left = [with_exit(row, alone, leaves) for row in rows]
+                found = summarise(left, alone, there, parts[where], resamples)
+                line[where]["with_exit"] = _plain(found)
         lines.append(line)
     return lines
 

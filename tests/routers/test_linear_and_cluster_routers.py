@@ -209,7 +209,7 @@ def test_pilots_without_any_vote_predict_by_means():
     ("make", "name", "value"),
     [
         (partial(RidgeRouter, encoder="hashing"), "groups", 7),
-        (partial(PilotsRouter, encoder="hashing"), "winners", -1),
+        (partial(PilotsRouter, encoder="hashing"), "groups", -1),
         (partial(TreeRouter, min_prompts=20), "lefts", 0),
         (partial(TreeRouter, min_prompts=20), "features", 10_000),
     ],

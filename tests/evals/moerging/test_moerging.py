@@ -15,6 +15,7 @@ from click.testing import CliRunner
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from evals.metrics import Resamples
 from evals.moerging.build import build_library
 from evals.moerging.cli import library_command
 from evals.moerging.measure import Measured, measure, summarise, with_exit
@@ -183,8 +184,9 @@ def test_gains_are_shares_of_the_oracles():
 
     base, oracle = made([4.0, 8.0], [0, 0]), made([2.0, 2.0], [1, 1])
     found = summarise(
-        [made([3.0, 4.0], [0, 1]), made([3.0, 2.0], [1, 1])], base, oracle, np.arange(2)
-    )
+        [made([3.0, 4.0], [0, 1]), made([3.0, 2.0], [1, 1])], base, oracle, np.arange(2),
+        Resamples(2),
+    )  # fmt: skip
     # Losses of 3 and 3 on average, over two tokens each, where the base has 6 and the oracle 2.
     assert found.loss.mean == pytest.approx(1.5)
     assert found.loss_less_base.mean == pytest.approx(-1.5)
