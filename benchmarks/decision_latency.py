@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.encoders import forget, texts_of
+from benchmarks.encoders import texts_of
 from benchmarks.pages import command_line, parser_of, write
 from experts.types import ChatRequest, Message
 from orchestrator.config import parse_config
@@ -31,6 +31,7 @@ from orchestrator.policies import UtilityPolicy
 from orchestrator.pool import estimated_tokens
 from routers.base import Query
 from routers.combined import make_member
+from routers.encoders import forget_vectors
 from routers.fitted import FittedRouter
 from routers.outcomes import OutcomeTable
 
@@ -70,7 +71,7 @@ def orchestrator_for(router: FittedRouter) -> Orchestrator:
 
 
 async def measure(
-    router: FittedRouter, orchestrator: Orchestrator, encoder: str, texts: list[str]
+    router: FittedRouter, orchestrator: Orchestrator, texts: list[str]
 ) -> dict[str, dict[str, float]]:
     """Milliseconds by what is done."""
     costs = ExpectedCosts.of([orchestrator.cards[name] for name in router.models])
@@ -89,10 +90,10 @@ async def measure(
 
     for what in ("choose", "known"):
         if what == "choose":
-            forget(encoder)
+            forget_vectors()
         for text in texts:
             choose(text, what)
-    forget(encoder)
+    forget_vectors()
     for text in texts:
         request = ChatRequest(model="auto", messages=[Message(role="user", content=text)])
         started = _clocks()
@@ -115,12 +116,12 @@ def _since(started: tuple[float, float]) -> tuple[float, float]:
     return wall - started[0], cpu - started[1]
 
 
-def batch_difference(router: FittedRouter, encoder: str, texts: list[str]) -> tuple[float, int]:
+def batch_difference(router: FittedRouter, texts: list[str]) -> tuple[float, int]:
     """Greatest difference of a quality alone and in a batch, and how many decisions differ."""
     queries = [Query(text) for text in texts]
-    forget(encoder)
+    forget_vectors()
     together = router.predict(queries, router.models).quality
-    forget(encoder)
+    forget_vectors()
     alone = np.concatenate([router.predict([q], router.models).quality for q in queries[::-1]])
     alone = alone[::-1]
     policy = UtilityPolicy(cost_quality=COST_QUALITY)
@@ -176,18 +177,17 @@ def main() -> None:
     rows, batches = [], {}
     for name in tqdm(arguments.routers, delay=2):
         router = make_member(name).fit(table)
-        encoder = str(router._params()["encoder"])
         orchestrator = orchestrator_for(router)
         for tokens in LENGTHS:
             rows.append(
                 {
                     "router": name,
                     "tokens": tokens,
-                    "ms": asyncio.run(measure(router, orchestrator, encoder, texts[tokens])),
+                    "ms": asyncio.run(measure(router, orchestrator, texts[tokens])),
                     "goal_ms": GOALS_MS[name][tokens > 20],
                 }
             )
-        batches[name] = batch_difference(router, encoder, texts[20][:BATCHED])
+        batches[name] = batch_difference(router, texts[20][:BATCHED])
     results = {
         "models": len(table.models),
         "repetitions": arguments.repetitions,

@@ -28,8 +28,7 @@ from evals.metrics import bootstrap_mean, chosen, paired_difference
 from routers.base import Query
 from routers.category_learning import fit_classifier
 from routers.combined import make_member
-from routers.encoders import get_encoder
-from routers.encoders.base import CachedEncoder
+from routers.encoders import forget_vectors, get_encoder
 from routers.encoders.minilm_export import model_folder
 from routers.outcomes import OutcomeTable
 
@@ -71,7 +70,7 @@ def measure_times(names: list[str]) -> dict[str, dict[str, list[float]]]:
         found: dict[str, list[float]] = {name: [] for name in names}
         for number, text in enumerate(texts):
             for name in names:
-                forget(name)
+                forget_vectors()
                 started = time.thread_time()
                 get_encoder(name).encode([text])
                 if number:  # the first round loads and warms up
@@ -79,14 +78,6 @@ def measure_times(names: list[str]) -> dict[str, dict[str, list[float]]]:
         for name in names:
             times[name][str(tokens)] = [float(v) for v in np.percentile(found[name], [50, 90])]
     return times
-
-
-def forget(name: str) -> None:
-    """Empty the caches of an encoder and its parts: another one may have left a text there."""
-    for part in name.split("+"):
-        encoder = get_encoder(part)
-        if isinstance(encoder, CachedEncoder):
-            encoder._vectors.clear()
 
 
 def measure_routers(

@@ -6,7 +6,8 @@ Ten domains have an adapter, ``general``, ``roman`` and ``yaml`` have none. Ques
 tasks' test splits; routers, gates and examples learn from the train and validation splits. As
 baselines that papers omit, an adapter and a mixture of experts are trained on all domains together,
 with as many pairs as the ten were; TIES and DARE merge the ten, DUME makes them experts of one
-checkpoint. What was made lies in ``--work`` and is not made again.
+checkpoint. How large a merge is to be is chosen on validation questions of the ten. What was made
+lies in ``--work`` and is not made again.
 """
 
 from __future__ import annotations
@@ -98,12 +99,15 @@ def main() -> None:
         )  # fmt: skip
         run("table", "--limit", str(SAMPLES), "--general", general, "--out", str(work / "table"))
     command += ["--table", str(work / "table")]
+    known = [s for name in domains for s in samples(name, "validation", EXAMPLES)]
+    few = write(work / "known.jsonl", known, named=False)
     for name, merging in MERGES.items():
         # What DARE drops is drawn.
         for seed in range(arguments.seeds if name == "dare" else 1):
             out = work / f"{name}-{seed}"
             if not out.exists():
-                run("merge", "--method", merging, "--seed", str(seed), "--out", str(out))
+                run("merge", "--method", merging, "--seed", str(seed), "--examples", few,
+                    "--out", str(out))  # fmt: skip
             command += ["--reference", f"{name}={out}"]
     if not (work / "upcycled").exists():
         run("upcycle", "--out", str(work / "upcycled"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -266,7 +267,8 @@ def gates_command(
 )  # fmt: skip
 @click.option(
     "--examples", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help='For lorahub: JSONL file of a few {"prompt", "answer"} objects.',
+    help='JSONL file of a few {"prompt", "answer"} objects that the merge is to make likely: '
+    "lorahub chooses weights by them, others the size of the whole.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn or tried.")
 @click.option(
@@ -294,13 +296,15 @@ def merge_command(
     dare_ties    drops half at random, then averages those that agree in sign
     lorahub      searches weights of matrices that make the examples likely
 
-    But for linear and lorahub, the rank is that of all together.
+    But for linear and lorahub, the rank is that of all together. Of many adapters ties and
+    dare_ties make updates nearly as large as their sum, which is too much where domains have little
+    in common: give examples of all of them.
     """
     with user_errors():
         from experts.adapter_files import fuse, write_updates
         from experts.finetune_data import read_pairs
         from experts.library.examiner import Examiner
-        from experts.library.merging import lorahub_weights, merge_adapters
+        from experts.library.merging import best_scale, lorahub_weights, merge_adapters, scaled
 
         library = Library(folder)
         base = only_base(library, base)
@@ -310,12 +314,21 @@ def merge_command(
                 listed = ", ".join(map(repr, known))
                 raise click.UsageError(f"{folder} has no adapter {name!r}; it has {listed}")
         folders = {name: library.path(known[name].path) for name in names or known}
-        if method != "lorahub":
-            write_updates(out, merge_adapters(folders, cast("Merging", method), seed=seed), base)
-            click.echo(f"{out}: {method} of {', '.join(folders)}", err=True)
-            return
-        if examples is None:
+        if method == "lorahub" and examples is None:
             raise click.UsageError("lorahub needs --examples: it searches weights for them")
+        if method != "lorahub":
+            updates = merge_adapters(folders, cast("Merging", method), seed=seed)
+            times = ""
+            if examples is not None:
+                with tempfile.TemporaryDirectory() as whole:
+                    write_updates(Path(whole), updates, base)
+                    examiner = Examiner(base, {"merge": Path(whole)}, device=device)
+                scale = best_scale(examiner, "merge", examiner.read(read_pairs(examples)[0]))
+                updates, times = scaled(updates, scale), f", times {scale:g}"
+            write_updates(out, updates, base)
+            click.echo(f"{out}: {method} of {', '.join(folders)}{times}", err=True)
+            return
+        assert examples is not None
         examiner = Examiner(base, folders, device=device)
         pairs = examiner.read(read_pairs(examples)[0])
         weights = lorahub_weights(

@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 
 from routers.base import RouterError
-from routers.encoders.base import Encoder
+from routers.encoders.base import Encoder, forget_vectors
 from routers.encoders.concatenated import SEPARATOR, ConcatenatedEncoder
 from routers.encoders.lexical import CharacterEncoder, HashingEncoder, SurfaceEncoder
 from routers.encoders.minilm import MiniLMEncoder
@@ -34,6 +34,7 @@ __all__ = [
     "SentenceTransformerEncoder",
     "StaticEncoder",
     "SurfaceEncoder",
+    "forget_vectors",
     "get_encoder",
 ]
 

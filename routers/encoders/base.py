@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from weakref import WeakSet
 
 from routers.encoders.vector_cache import VectorCache
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["MAX_CHARACTERS", "UNPINNED", "CachedEncoder", "Encoder", "unit"]
+__all__ = ["MAX_CHARACTERS", "UNPINNED", "CachedEncoder", "Encoder", "forget_vectors", "unit"]
 
 # 4096 vectors of 384 float32 are 6 MB; texts longer than this are not worth keeping.
 CACHED_TEXTS = 4096
@@ -64,6 +65,7 @@ class CachedEncoder:
         self._on_disk = on_disk
         self._lock = threading.Lock()
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        _encoders.add(self)
 
     @property
     def name(self) -> str:
@@ -110,6 +112,20 @@ class CachedEncoder:
                 while len(self._vectors) > CACHED_TEXTS:
                     self._vectors.popitem(last=False)
         return vector
+
+    def forget(self) -> None:
+        """Empty the cache in memory."""
+        with self._lock:
+            self._vectors.clear()
+
+
+_encoders: WeakSet[CachedEncoder] = WeakSet()
+
+
+def forget_vectors() -> None:
+    """Empty the caches in memory of all encoders, for whoever measures how long they take."""
+    for encoder in list(_encoders):
+        encoder.forget()
 
 
 def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:

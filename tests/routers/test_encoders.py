@@ -21,6 +21,7 @@ from routers.encoders import (
     MiniLMEncoder,
     MultilingualEncoder,
     SentenceTransformerEncoder,
+    forget_vectors,
     get_encoder,
 )
 from routers.encoders.base import CACHED_TEXTS, UNPINNED, CachedEncoder
@@ -55,7 +56,7 @@ def one(request):
     """An encoder of the process whose cache is empty."""
     encoder = get_encoder(request.param)
     assert isinstance(encoder, CachedEncoder)
-    encoder._vectors.clear()
+    encoder.forget()
     return encoder
 
 
@@ -75,7 +76,7 @@ def test_a_list_equals_its_texts_one_by_one(one):
     texts = [f"{text} {i}" for i in range(4) for text in TEXTS]
     random.Random(1).shuffle(texts)
     together = one.encode(texts)
-    one._vectors.clear()
+    one.forget()
     for row in random.Random(2).sample(range(len(texts)), len(texts)):
         assert one.encode([texts[row]])[0].tobytes() == together[row].tobytes()
 
@@ -83,7 +84,7 @@ def test_a_list_equals_its_texts_one_by_one(one):
 @pytest.mark.parametrize("one", [DEFAULT_ENCODER, "multilingual"], indirect=True)
 def test_threads_get_the_same_bits(one):
     expected = one.encode(TEXTS).tobytes()
-    one._vectors.clear()
+    one.forget()
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(one.encode(TEXTS).tobytes()))
@@ -269,3 +270,19 @@ def test_sentence_transformers_agree_with_the_quantised_export(minilm, tmp_path)
     assert (vectors * minilm.encode(TEXTS[:2])).sum(axis=1).min() > 0.98
     with pytest.raises(RouterError, match="cannot load the encoder"):
         SentenceTransformerEncoder(str(tmp_path / "none")).encode(["hello"])
+
+
+def test_forgotten_vectors_are_made_anew():
+    class Counting(HashingEncoder):
+        made = 0
+
+        def _encode_one(self, text):
+            self.made += 1
+            return super()._encode_one(text)
+
+    encoder = Counting()
+    encoder.encode(["a", "a"])
+    assert encoder.made == 1
+    forget_vectors()
+    encoder.encode(["a"])
+    assert encoder.made == 2

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import json
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
+from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from experts.adapter_files import LowRank, read_updates, write_updates  # noqa: E402
-from experts.library.merging import Merging, merge_adapters  # noqa: E402
+from experts.finetune_data import TokenPair  # noqa: E402
+from experts.library.cli import library_command  # noqa: E402
+from experts.library.manifest import Library, LibraryExpert  # noqa: E402
+from experts.library.merging import SCALES, Merging, best_scale, merge_adapters, scaled  # noqa: E402
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -77,3 +83,40 @@ def test_a_merge_is_an_adapter_like_any_other(written, tmp_path):
     merged = merge_adapters(written([[1.0, 2.0]], [[3.0, 4.0]]), "cat")
     write_updates(tmp_path / "merged", merged, "base")
     torch.testing.assert_close(_whole(read_updates(tmp_path / "merged")), _whole(merged))
+
+
+def test_a_merge_is_as_large_as_makes_texts_likeliest():
+    class Examiner:
+        adapters = SimpleNamespace(adapter=lambda name: ((name, 1.0),))
+
+        def losses(self, pairs: list[TokenPair], use: Any) -> Any:
+            ((adapter, share),) = use.shares
+            assert adapter == (("merge", 1.0),)
+            return torch.tensor([(share - 0.32) ** 2, 1.0])
+
+    assert best_scale(cast(Any, Examiner()), "merge", [TokenPair([1], [2])] * 2) == 0.3
+
+
+def test_examples_choose_how_large_a_merge_is(home, tmp_path):
+    library = Library.at(tmp_path / "library")
+    base = str(home / "base")
+    for name in ("one", "two"):
+        library.put(LibraryExpert(name=name, base=base, path=str(home / name)))
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps({"prompt": "sun", "answer": "moon and stars"}) + "\n")
+
+    def merged(*options: str) -> tuple[Any, str]:
+        out = tmp_path / f"merged{len(options)}"
+        command = ["merge", "--method", "cat", "--library", str(library.folder), "--out", str(out)]
+        result = CliRunner().invoke(library_command, [*command, *options])
+        assert result.exit_code == 0, result.output
+        return read_updates(out), result.output
+
+    plain, _ = merged()
+    chosen, said = merged("--examples", str(examples))
+    scale = float(said.strip().rpartition("times ")[2])
+    assert scale in SCALES
+    for path, update in scaled(plain, scale).items():
+        torch.testing.assert_close(
+            chosen[path].up @ chosen[path].down, update.up @ update.down, rtol=1e-4, atol=1e-6
+        )
