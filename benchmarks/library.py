@@ -123,6 +123,10 @@ def main() -> None:
             command += ["--reference", f"{name}={work / f'{name}-{seed}'}"]
     if not arguments.prepare:
         run(*command, *(part for name in arguments.method for part in ("--method", name)))
+        page = arguments.out.with_suffix(".md")
+        title, _, rest = page.read_text(encoding="utf-8").partition("\n\n")
+        how = f"`python -m benchmarks.library --work DIR --out {arguments.out}`; test questions."
+        page.write_text(f"{title}\n\n{how}\n\n{rest}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -217,8 +217,16 @@ def evaluate_command(
             f"{len(setting.adapters)} adapters of `{setting.base}`, {len(setting.questions)} "
             f"questions of {len(setting.by_domain)} domains. Loss per answer token, in nats, and "
             "share of exactly right answers; 95% intervals of the bootstrap over questions, each "
-            "the mean of all seeds. Each question takes one call of the model, whatever the method."
+            "the mean of all seeds. Each question takes one call of the model, whatever the "
+            f"method; the base reads one with its answer in {made['base'][0].reading_ms:.0f} ms."
         )
+        if leaves is not None:
+            known = [question.domain in setting.adapters for question in setting.questions]
+            left = sum(leaf for leaf, inside in zip(leaves, known, strict=True) if inside)
+            about += (
+                f" With exit, the router `centroids` leaves {left} of {sum(known)} questions in "
+                f"domain to the base, and {sum(leaves) - left} of {len(known) - sum(known)} others."
+            )
         if drawn is not None:
             about += f"\n\n![Loss in domain and out of it]({out.name}.svg)"
             out.with_suffix(".svg").write_text(drawn, encoding="utf-8")

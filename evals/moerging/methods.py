@@ -18,10 +18,14 @@ from experts.library.examiner import Examiner
 from experts.lora import NO_ADAPTER, AdapterUse
 from orchestrator.decision import Candidate, Decision
 from orchestrator.strategies.mix import MixStrategy
-from routers.base import Query, TrainableRouter
+from routers.base import Query
 from routers.centroids import CentroidsRouter
+from routers.combined import make_member
 
-__all__ = ["METHODS", "Chooser", "Method", "Ready", "bases_own", "methods"]
+__all__ = ["ENCODER", "METHODS", "Chooser", "Method", "Ready", "bases_own", "methods"]
+
+ENCODER = CentroidsRouter().encoder
+"""What all routers read by, so that methods are compared and not encoders."""
 
 Chooser = Callable[[int], AdapterUse]
 """From a question's position to how adapters are used for it."""
@@ -139,11 +143,8 @@ def _routed(
     """
 
     def prepare(setting: Setting, seed: int) -> Ready:
-        from routers.registry import get_router_class
-
         assert setting.table is not None
-        made: TrainableRouter = get_router_class(router)()
-        fitted = made.fit(setting.table)
+        fitted = make_member(f"{router} encoder={ENCODER}").fit(setting.table)
         names = [BASE_NAME, *setting.adapters]
         hosted = setting.host()
 
@@ -178,7 +179,7 @@ def _routed(
 def bases_own(setting: Setting) -> list[bool]:
     """Which questions the router ``centroids`` leaves to the base: near no adapter's samples."""
     assert setting.table is not None
-    fitted = CentroidsRouter().fit(setting.table)
+    fitted = CentroidsRouter(encoder=ENCODER).fit(setting.table)
     asked = [Query(question.prompt) for question in setting.questions]
     predicted = fitted.predict(asked, setting.table_models)
     return [bool(row.argmax() == 0) for row in predicted.quality]
@@ -217,6 +218,8 @@ METHODS: dict[str, Method] = {
         Method("pilots", _PER_QUERY, _routed("pilots"), ("table",)),
         Method("ridge", _PER_QUERY, _routed("ridge"), ("table",)),
         Method("kNN", _PER_QUERY, _routed("knn"), ("table",)),
+        Method("kmeans", _PER_QUERY, _routed("kmeans"), ("table",)),
+        Method("coe", _PER_QUERY, _routed("coe"), ("table",)),
         Method("Nexus", replace(_PER_QUERY, data="shared"), _routed("nexus"), ("table",)),
         Method("LoraRetriever mixture", replace(_PER_QUERY, aggregation="outputs"),
                _routed("centroids", _mix(weights="uniform")), ("table",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from evals.metrics import Resamples
 from evals.moerging.build import build_library
 from evals.moerging.cli import library_command
 from evals.moerging.measure import Measured, measure, summarise, with_exit
-from evals.moerging.methods import METHODS, methods
+from evals.moerging.methods import ENCODER, METHODS, methods
 from evals.moerging.setting import BASE_NAME, Question, Setting, read_questions
 from evals.moerging.table import library_table
 from evals.moerging.taxonomy import AXES
@@ -31,7 +32,7 @@ from experts.library.examiner import Examiner
 from experts.library.manifest import Library, LibraryExpert
 from routers.base import Query
 from routers.outcomes import OutcomeTable, Prompts
-from routers.registry import get_router_class
+from routers.ridge import RidgeRouter
 
 QUESTIONS = [
     Question("Name two colours.", "the quick brown fox", "one"),
@@ -159,7 +160,7 @@ def test_routers_of_the_table_choose_the_adapters(routed, method, place, expecte
 def test_smear_fuses_all_by_the_softmax_of_a_regression(routed):
     (adapter, share), = METHODS["SMEAR-style"].prepare(routed, 0).choose(2).shares  # fmt: skip
     weights = dict(adapter)
-    quality = get_router_class("ridge")().fit(routed.table).predict(
+    quality = RidgeRouter(encoder=ENCODER).fit(routed.table).predict(
         [Query(QUESTIONS[2].prompt)], ["one", "two"]
     ).quality[0].astype(float)  # fmt: skip
     odds = quality / (1 - quality)
@@ -232,6 +233,7 @@ def test_commands_measure_once_and_show_all(library, home, tmp_path):
     ]  # fmt: skip
     text = run(*command, *(part for name in chosen[:5] for part in ("--method", name)))
     assert "| LoraRetriever fusion |" in text
+    assert re.search(r"leaves \d of 4 questions in domain to the base, and \d of 1 others", text)
     journal = tmp_path / "page_answers.jsonl"
     first = journal.read_text()
     text = run(*command, *(part for name in chosen for part in ("--method", name)))
