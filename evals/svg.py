@@ -13,6 +13,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 44
 TICKS = 5
 # Space for the title of a plot that is a file of its own.
 TITLE = 24
+# Of a name beside a dot: about how wide a character is, and how far lines are apart.
+CHARACTER, LINE = 6.5, 13
 
 
 class Plot:
@@ -33,6 +35,7 @@ class Plot:
         self._x_ticks, self._y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
         self._parts: list[str] = []
         self._levels = 0
+        self._named: list[tuple[float, float, str]] = []
         self._axes(x_label, y_label)
 
     def _x(self, value: float) -> float:
@@ -70,8 +73,36 @@ class Plot:
     def dot(self, x: float, y: float, colour: str, name: str) -> None:
         """A named dot."""
         self._parts.append(_dot(self._x(x), self._y(y), colour, name, 5))
-        side, anchor = (8, "start") if self._x(x) < WIDTH / 2 else (-8, "end")
-        self._parts.append(_text(self._x(x) + side, self._y(y) + 4, name, anchor))
+        self._named.append((self._x(x), self._y(y), name))
+
+    def _drawn(self) -> str:
+        """Everything, with the names of dots beside them where no other name or dot is."""
+        taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in self._named]
+        names = []
+        for x, y, name in sorted(self._named, key=lambda one: one[1]):
+            spots = [
+                (left, y + shift * LINE / 2)
+                for shift in sorted(range(-16, 17), key=abs)
+                for left in (x + 8, x - 8 - CHARACTER * len(name))
+            ]
+            boxes = [(left, at - 6, left + CHARACTER * len(name), at + 6) for left, at in spots]
+            free = [
+                box
+                for box in boxes
+                if box[0] > LEFT
+                and box[2] < WIDTH
+                and TOP < box[1]
+                and box[3] < HEIGHT - BOTTOM
+                and not any(_overlap(box, other) for other in taken)
+            ]
+            box = (free or boxes)[0]
+            taken.append(box)
+            right = box[0] > x
+            edge, middle = box[0] if right else box[2], (box[1] + box[3]) / 2
+            if abs(middle - y) > LINE / 2:
+                names.append(_rule(x, y, edge, middle, opacity=0.5))
+            names.append(_text(edge, middle + 4, name, "start" if right else "end"))
+        return "".join([*self._parts, *names])
 
     def line(
         self, points: Sequence[tuple[float, float]], colour: str, names: Sequence[str]
@@ -94,7 +125,7 @@ class Plot:
         return (
             f"<figure><h2>{html.escape(self._title)}</h2>"
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
-            f'aria-label="{html.escape(self._title)}" font-size="12">{"".join(self._parts)}</svg>'
+            f'aria-label="{html.escape(self._title)}" font-size="12">{self._drawn()}</svg>'
             f'<figcaption class="small">{keys}</figcaption></figure>'
         )
 
@@ -110,7 +141,7 @@ class Plot:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-TITLE} {WIDTH} {height}" '
             f'width="{WIDTH}" height="{height}" font-size="12" font-family="sans-serif">'
             f'<rect y="{-TITLE}" width="{WIDTH}" height="{height}" fill="white"/>'
-            f"{title}{''.join(self._parts)}{''.join(rows)}</svg>\n"
+            f"{title}{self._drawn()}{''.join(rows)}</svg>\n"
         )
 
 
@@ -122,6 +153,11 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two boxes do; left, top, right, bottom."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _rule(

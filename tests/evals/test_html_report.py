@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -84,3 +86,16 @@ def test_a_plot_can_be_a_file_of_its_own():
     said = [node.text for node in page.iter("{http://www.w3.org/2000/svg}text")]
     assert "Cost & quality" in said
     assert "■ knn < coe" in said
+
+
+def test_names_of_dots_in_one_place_stand_apart():
+    plot = Plot("Title", "x", "y", [0.0, 1.0], [0.0, 1.0])
+    for name in ("first", "second", "third", "fourth"):
+        plot.dot(0.5, 0.5, "#000", name)
+    names = re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">(\w{5,})<', plot.document([])
+    )
+    assert {name for *_, name in names} == {"first", "second", "third", "fourth"}
+    for side in ("start", "end"):
+        heights = sorted(float(y) for _, y, anchor, _ in names if anchor == side)
+        assert all(after - before >= 12 for before, after in pairwise(heights))
